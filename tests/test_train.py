@@ -1,0 +1,445 @@
+"""The training loop: exact resume, data, schedule, logs, and what bad input gets."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from kimi_k2 import KimiConfig, KimiK2, MuonClip, Tokenizer, load_pretrained
+
+ROOT = Path(__file__).parents[1]
+NANO = ["--preset", "nano", "--max_documents", "8", "--threads", "1", "--steps", "60"]
+NANO += ["--eval_every", "30", "--save_every", "7"]
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def weights_of(out):
+    return (out / "model_base" / "model.safetensors").read_bytes()
+
+
+def losses_of(out):
+    return [row["loss"] for row in train.read_metrics(out) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted nano run of 60 steps: (folder, seconds it took)."""
+    out, began = tmp_path_factory.mktemp("runs") / "whole", time.perf_counter()
+    subprocess.run(command(*NANO, "--out", out), check=True, capture_output=True)
+    return out, time.perf_counter() - began
+
+
+def run_with_kills(out, seconds, moments, seed):
+    """Start the run and kill -9 it at `moments` random times; then let it finish."""
+    rng = random.Random(seed)
+    for _ in range(moments):
+        process = subprocess.Popen(command(*NANO, "--out", out), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)  # fmt: skip
+        try:
+            process.wait(timeout=rng.uniform(0.2, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    how = ["--resume", "--out", out] if (out / "config.json").exists() else [*NANO, "--out", out]
+    subprocess.run(command(*how), check=True, capture_output=True)
+
+
+def assert_same_run(a, b):
+    assert weights_of(a) == weights_of(b)
+    assert losses_of(a) == losses_of(b)
+    assert [row["step"] for row in train.read_metrics(b)] == list(range(61))
+    reports = [json.loads((out / "report.json").read_text()) for out in (a, b)]
+    assert reports[0]["pretrain"] == reports[1]["pretrain"]
+    assert not list(b.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_killed_and_resumed_ends_bit_identical(finished, tmp_path, seed):
+    out, seconds = finished
+    run_with_kills(tmp_path / "killed", seconds, 1, seed)
+    assert_same_run(out, tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_twenty_moments(finished, tmp_path, seed):
+    out, seconds = finished
+    run_with_kills(tmp_path / "killed", seconds, 1 + seed % 2, 100 + seed)
+    assert_same_run(out, tmp_path / "killed")
+
+
+def test_ctrl_c_saves_and_resume_goes_on(finished, tmp_path):
+    """SIGINT in the middle: a clear line, a checkpoint, and the same weights in the end."""
+    out = tmp_path / "stopped"
+    process = subprocess.Popen(command(*NANO, "--out", out), stderr=subprocess.PIPE, text=True)
+    while len(train.read_metrics(out)) < 12:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1]
+    assert "stopped and saved at step" in errors and "Traceback" not in errors
+    assert process.returncode != 0 and list((out / "ckpt").glob("*.safetensors"))
+    # a second start without --resume, with the same settings, continues as well
+    subprocess.run(command(*NANO, "--out", out), check=True, capture_output=True)
+    assert_same_run(finished[0], out)
+
+
+def test_same_command_twice_gives_the_same_files(finished, tmp_path):
+    again = tmp_path / "again"
+    subprocess.run(command(*NANO, "--out", again), check=True, capture_output=True)
+    assert_same_run(finished[0], again)
+    for path in sorted((finished[0] / "data").iterdir()):
+        assert path.read_bytes() == (again / "data" / path.name).read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file-size limits")
+def test_full_disk_keeps_the_last_good_checkpoint(finished, tmp_path):
+    """A checkpoint that does not fit: one line, the older one stays, the run can go on later."""
+    import resource
+
+    out = tmp_path / "full"
+    process = subprocess.Popen(command(*NANO, "--out", out), stderr=subprocess.DEVNULL)
+    while not (out / "ckpt").exists() or not list((out / "ckpt").glob("*.safetensors")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    good = sorted((out / "ckpt").glob("*.safetensors"))
+    limited = subprocess.run(command("--resume", "--out", out), capture_output=True, text=True,
+                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000,) * 2))  # fmt: skip
+    assert limited.returncode != 0 and "could not save" in limited.stderr
+    assert len(limited.stderr.strip().splitlines()) == 1 or "Traceback" not in limited.stderr
+    assert sorted((out / "ckpt").glob("*.safetensors")) == good
+    subprocess.run(command("--resume", "--out", out), check=True, capture_output=True)
+    assert_same_run(finished[0], out)
+
+
+def test_damaged_newest_checkpoint_falls_back(finished, tmp_path, capsys):
+    """Half of the newest file is gone: the one before it is used, and said so."""
+    import shutil
+
+    out = tmp_path / "damaged"
+    shutil.copytree(finished[0], out)
+    newest = sorted((out / "ckpt").glob("*.safetensors"))[-1]
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    train.main(["--resume", "--out", str(out)])
+    assert "is damaged" in capsys.readouterr().err
+    assert_same_run(finished[0], out)
+    for path in (out / "ckpt").glob("*.safetensors"):
+        path.write_bytes(b"garbage")
+    with pytest.raises(SystemExit, match="no checkpoint in .* can be read"):
+        train.main(["--resume", "--out", str(out)])
+
+
+def test_report_and_files_of_a_run(finished):
+    out = finished[0]
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["pretrain"]["val_bpb"]) == {"web", "code", "math", "knowledge"}
+    assert report["pretrain"]["tokens"] == 60 * 8 * 64 and report["preset"] == "nano"
+    assert {p.name for p in (out / "figures").iterdir()} == {
+        "loss.png",
+        "max_logit.png",
+        "expert_load.png",
+    }
+    first, last = train.read_metrics(out)[0], train.read_metrics(out)[-1]
+    assert sum(last["val_bpb"].values()) < 0.7 * sum(first["val_bpb"].values())
+    model, tok = load_pretrained(out / "model")
+    assert model.cfg.vocab_size == tok.n_vocab == 512
+    state = load_file(sorted((out / "ckpt").glob("*"))[-1])
+    assert torch.equal(state["model.lm_head.weight"], model.lm_head.weight)
+    # every optimizer state of every parameter is in the checkpoint
+    n_params = len(list(model.parameters()))
+    assert {int(k.split(".")[1]) for k in state if k.startswith("optimizer.")} == set(
+        range(n_params)
+    )
+
+
+def test_logged_bits_per_byte_against_a_naive_sum(finished):
+    """The last line's validation, recomputed token by token in float64 from the exported model."""
+    out = finished[0]
+    model, tok = load_pretrained(out / "model_base")
+    run, cfg = train.configure(json.loads((out / "config.json").read_text())["run"], {})
+    data, logged = train.TokenFiles(out / "data"), train.read_metrics(out)[-1]["val_bpb"]
+    windows = data.validation("math", train.FINAL_EVAL * run.eval_tokens, run.seq_len)
+    nats = n_bytes = 0.0
+    with torch.no_grad():
+        for window in windows:
+            log_p = model(window[None, :-1])[0][0].double().log_softmax(-1)
+            nats -= log_p[torch.arange(len(window) - 1), window[1:]].sum().item()
+            n_bytes += sum(
+                len(tok.decode_bytes([i])) for i in window[1:].tolist() if i < len(tok.ranks)
+            )
+    assert nats / math.log(2) / n_bytes == pytest.approx(logged["math"], rel=1e-5)
+
+
+def test_schedule_is_the_reports():
+    """Warm-up to the peak, constant for 64.5 %, cosine to a tenth: at K2's own numbers."""
+    run, _ = train.configure({"preset": "k2"}, {})
+    lr = [train.wsd(step, run) for step in (0, 249, 499, 500, 148_000)]
+    assert lr == pytest.approx([2e-4 / 500, 1e-4, 2e-4, 2e-4, 2e-4])
+    tokens = 16_384 * 4096
+    assert run.steps * tokens == pytest.approx(15.5e12, rel=1e-5)
+    start = 10e12 / tokens
+    for x in (0.25, 0.5, 1.0):
+        expected = 2e-5 + 0.5 * (2e-4 - 2e-5) * (1 + math.cos(math.pi * x))
+        assert train.wsd(round(start + x * 5.5e12 / tokens), run) == pytest.approx(
+            expected, rel=1e-3
+        )
+
+
+def tiny_job(**over):
+    run, cfg = train.configure({"preset": "nano", **over}, {})
+    torch.manual_seed(0)
+    model = KimiK2(cfg)
+    return (
+        train.Job(run, cfg, None, torch.device("cpu"), None, None),
+        model,
+        MuonClip(model, lr=run.lr),
+    )
+
+
+def test_micro_batches_do_not_change_the_step():
+    """8 sequences at once or 2 at a time, with unequal numbers of targets: the same gradients."""
+    tokens = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(1))
+    targets = tokens.roll(-1, 1).clone()
+    targets[:3, 5:] = -100
+    gradients = []
+    for micro in (8, 2):
+        job, model, opt = tiny_job(micro_batch=micro)
+        kept = {}
+        opt.register_step_pre_hook(
+            lambda o, *_, kept=kept, model=model: kept.update(
+                {n: p.grad.clone() for n, p in model.named_parameters()}
+            )
+        )
+        row = train.train_step(model, opt, job, (tokens, targets), 1e-3)
+        gradients.append((row["loss"], kept))
+    (loss_a, a), (loss_b, b) = gradients
+    assert loss_a == pytest.approx(loss_b, rel=1e-6)
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= 1e-5 * a[name].abs().max(), name
+
+
+def test_nan_stops_before_the_update():
+    """The message names step, S_max, layer and head; weights and optimizer are as before."""
+    job, model, opt = tiny_job()
+    batch = (torch.zeros(8, 64, dtype=torch.long), torch.zeros(8, 64, dtype=torch.long))
+    model.model.layers[1].self_attn.q_b_proj.weight.data[:30] = math.inf
+    before = model.lm_head.weight.clone()
+    with pytest.raises(train.Broken, match=r"loss nan.*S_max.*layer 1, head 0.*--lr"):
+        train.train_step(model, opt, job, batch, 1e-3)
+    assert torch.equal(before, model.lm_head.weight) and not opt.state
+
+
+def test_exploding_run_names_the_step_and_keeps_the_checkpoint(tmp_path):
+    out = tmp_path / "hot"
+    with pytest.raises(SystemExit, match=r"stopped at step \d+: loss .* Try a smaller --lr"):
+        train.main([*NANO, "--out", str(out), "--lr", "50", "--warmup", "30", "--save_every", "1"])
+    assert list((out / "ckpt").glob("*.safetensors"))
+
+
+# --- data -------------------------------------------------------------------------------------------
+
+
+def own_run(tmp_path, **files):
+    """A data folder with these files, and the run configuration that reads it."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return train.configure({"preset": "nano", "data": str(folder)}, {})
+
+
+def test_packing_keeps_every_document_between_its_marks(finished):
+    """The token file is exactly [BOS] text [EOS] of the split's documents, in order."""
+    out, tok = finished[0], Tokenizer.load(finished[0])
+    bos, eos = tok.special["[BOS]"], tok.special["[EOS]"]
+    for domain in ("web", "code", "math", "knowledge"):
+        rows = [
+            json.loads(line) for line in open(out / "data" / f"{domain}.jsonl", encoding="utf-8")
+        ]
+        for split in ("train", "val"):
+            ids = np.fromfile(out / "data" / f"{domain}.{split}.bin", "<u2").tolist()
+            texts = [row["text"] for row in rows if row["split"] == split]
+            assert ids == [i for text in texts for i in (bos, *tok.encode(text), eos)]
+
+
+def test_attention_crosses_documents_in_a_window():
+    """Decided as DeepSeek-V3 packs: the document before is visible, so changing it changes logits."""
+    _, model, _ = tiny_job()
+    window = torch.randint(0, 200, (1, 20), generator=torch.Generator().manual_seed(0))
+    window[0, 10] = 512 - 255  # [EOS] between two documents
+    other = window.clone()
+    other[0, 3] += 1
+    with torch.no_grad():
+        assert not torch.equal(model(window)[0][0, 12:], model(other)[0][0, 12:])
+
+
+def test_batches_follow_weights_and_depend_on_seed_and_step_alone(finished):
+    data = train.TokenFiles(finished[0] / "data", {"math": 1.0})
+    a, b = data.batch(0, 7, 8, 64), data.batch(0, 7, 8, 64)
+    assert torch.equal(a[0], b[0]) and torch.equal(a[0][:, 1:], a[1][:, :-1])
+    assert not torch.equal(a[0], data.batch(0, 8, 8, 64)[0])
+    assert not torch.equal(a[0], data.batch(1, 7, 8, 64)[0])
+    math_ids = np.asarray(data.ids["math", "train"]).tolist()
+    row = a[0][0].tolist()
+    assert any(math_ids[i : i + 64] == row for i in range(len(math_ids)))
+    with pytest.raises(train.UserError, match="no domain sports"):
+        train.TokenFiles(finished[0] / "data", {"sports": 1.0})
+
+
+def test_own_files_train_and_bad_ones_are_reported(tmp_path, capsys):
+    """.txt, .md and .jsonl are read; a broken line, a wrong encoding are named, skipped, counted."""
+    words = " ".join(str(n) for n in range(3000)).encode()
+    run, cfg = own_run(tmp_path, a__txt=words, b__md=b"# Title\n\ntext " * 200, latin__txt=b"caf\xe9 " * 50,
+                       c__jsonl=b'{"text": "fine one"}\n{"text": broken\n\n[1]\n{"no": "text"}\n{"text": "last"}\n',
+                       ignored__png=b"\x00\x01")  # fmt: skip
+    out = tmp_path / "run"
+    out.mkdir()
+    tok = train.prepare_data(run, cfg, out)
+    errors = capsys.readouterr().err
+    assert "latin.txt: not UTF-8 at byte 3" in errors
+    for number in (2, 4, 5):
+        assert f"c.jsonl line {number}:" in errors
+    index = json.loads((out / "data" / "index.json").read_text())
+    splits = index["domains"]["own"]
+    assert index["skipped"] == 4 and splits["val"]["tokens"] > 0 and splits["train"]["tokens"] > 0
+    kept = (out / "data" / "own.jsonl").read_text()
+    assert "fine one" in kept and "last" in kept and tok.n_vocab == 512
+
+
+def test_one_file_is_cut_into_train_and_validation(tmp_path):
+    lines = "".join(f"line {n}\n" for n in range(1000))
+    run, _ = own_run(tmp_path, only__txt=lines.encode())
+    documents, _ = train.split_documents(run)
+    parts = {doc["split"]: doc["text"] for doc in documents}
+    assert parts["train"] + parts["val"] == lines
+    assert 0.03 < len(parts["val"]) / len(lines) < 0.07
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--lrr", "3"], r"unknown flag --lrr, did you mean --lr\?"),
+        (["--preset", "tinny"], r"unknown preset 'tinny', did you mean 'tiny'\?"),
+        (["--steps", "many"], r"--steps: 'many' is no int"),
+        (["--steps", "0"], r"steps must be at least 1, got 0"),
+        (["--hidden_size", "-3"], r"hidden_size must be a whole number of at least 1, got -3"),
+        (["--num_experts_per_tok", "99"], r"num_experts_per_tok \(99\) cannot exceed"),
+        (["--optimizer", "sgd"], r"optimizer must be one of muonclip, muon, adamw"),
+        (["--batch_size", "8", "--micro_batch", "3"], r"must be a multiple of micro_batch"),
+        (["--data", "no/such/folder"], r"--data no/such/folder: there is no such file"),
+        (["dance"], r"invalid choice: 'dance'"),
+        (["--resume"], r"--resume: there is no run in"),
+    ],
+)
+def test_bad_flags_get_one_line(tmp_path, capsys, flags, message):
+    import re
+
+    with pytest.raises(SystemExit) as exit:
+        train.main(["--out", str(tmp_path / "new"), *flags])
+    said = (
+        str(exit.value.code) if isinstance(exit.value.code, str) else ""
+    ) + capsys.readouterr().err
+    assert re.search(message, said), said
+    assert exit.value.code not in (0, None) and len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"   \n\n", b"\xff\xfe\xfa"])
+def test_empty_or_unreadable_data_is_refused(tmp_path, content):
+    run, cfg = own_run(tmp_path, only__txt=content)
+    with pytest.raises(train.UserError, match="no text found"):
+        train.split_documents(run)
+
+
+def test_other_settings_are_refused_and_foreign_folders_too(finished, tmp_path):
+    before = weights_of(finished[0])
+    with pytest.raises(SystemExit, match=r"other settings \(steps 60, now 61\)"):
+        train.main([*NANO, "--out", str(finished[0]), "--steps", "61"])
+    with pytest.raises(SystemExit, match=r"other settings \(seed 0, now 5\)"):
+        train.main(["--resume", "--out", str(finished[0]), "--seed", "5"])
+    assert weights_of(finished[0]) == before
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"x")
+    with pytest.raises(SystemExit, match="is not the folder of a run"):
+        train.main(["--out", str(tmp_path / "photos")])
+
+
+def test_every_field_is_a_flag_with_help(capsys):
+    import dataclasses
+
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    for cls in (train.RunConfig, KimiConfig):
+        comments = train.comments_of(cls)
+        for field in dataclasses.fields(cls):
+            assert f"--{field.name} " in text and comments[field.name].split()[0] in text
+
+
+def test_flags_reach_the_run_and_the_model(tmp_path):
+    _, run_fields, model_fields = train.parse_command(
+        [
+            "--lr",
+            "1e-3",
+            "--grad_clip",
+            "none",
+            "--recompute",
+            "true",
+            "--domain_weights",
+            "web=0.5,code=2",
+            "--num_hidden_layers",
+            "3",
+            "--q_lora_rank",
+            "none",
+            "--out",
+            str(tmp_path),
+        ]  # fmt: skip
+    )
+    run, cfg = train.configure(run_fields, model_fields)
+    assert (run.lr, run.grad_clip, run.recompute) == (1e-3, None, True)
+    assert run.domain_weights == {"web": 0.5, "code": 2.0}
+    assert (cfg.num_hidden_layers, cfg.q_lora_rank) == (3, None)
+
+
+def test_plan_of_the_full_model(capsys):
+    """Parameters, the report's 6 TB, and FLOPs that agree with 6 x active parameters x tokens."""
+    train.main(["--preset", "k2", "--plan"])
+    text = capsys.readouterr().out
+    assert "1,026,408,232,448 in all" in text and "6.158 TB" in text and "70,272 B a token" in text
+    flops = float(text.split("FLOPs of the run")[1].split()[0])
+    assert flops == pytest.approx(6 * 31.7e9 * 15.5e12, rel=0.12)  # attention adds about 8 %
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--optimizer", "adamw"], ["--recompute", "true"],
+                                   ["--micro_batch", "2"], ["--dtype", "bf16"]])  # fmt: skip
+def test_switches_train(tmp_path, flags):
+    out = tmp_path / "run"
+    train.main(["--fast", "--max_documents", "4", "--steps", "6", "--out", str(out), *flags])
+    losses = losses_of(out)
+    assert len(losses) == 6 and losses[-1] < losses[0] and all(map(math.isfinite, losses))
+
+
+def test_compile_falls_back_with_a_note(tmp_path, capsys, monkeypatch):
+    """Without a compiler --compile on says so and trains eagerly; with one it just trains."""
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    train.main(
+        ["--fast", "--max_documents", "4", "--steps", "3", "--out", str(out), "--compile", "on"]
+    )
+    assert len(losses_of(out)) == 3 and os.path.exists(out / "report.md")
+    assert "note: torch.compile failed" in capsys.readouterr().out
