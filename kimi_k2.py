@@ -72,7 +72,7 @@ def gate_factor(n_experts, top_k):
 FIXED = (
     "n_group", "topk_group", "moe_layer_freq", "norm_topk_prob", "scoring_func", "topk_method",
     "hidden_act", "attention_bias", "tie_word_embeddings", "num_nextn_predict_layers",
-)  # fmt: skip
+)
 MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
 
 
@@ -94,7 +94,7 @@ def _check_rope_scaling(raw):
     if kind != "yarn":
         raise ValueError(f"rope_scaling type must be 'yarn' or none, got {kind!r}")
     yarn = {"factor": None, "original_max_position_embeddings": None,
-            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}  # fmt: skip
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
     yarn = {"type": "yarn", **{key: raw.get(key, default) for key, default in yarn.items()}}
     for key, value in yarn.items():
         if key != "type" and not (isinstance(value, (int, float)) and value >= 0):
@@ -126,7 +126,7 @@ class KimiConfig:
     routed_scaling_factor: float | None = None  # scale of the routed sum; none: gate_factor(E, K)
     rms_norm_eps: float = 1e-6  # epsilon of the norms (the two latent norms always use 1e-6)
     rope_theta: float = 50000.0  # base of the rotary wavelengths
-    rope_scaling: dict | None = None  # YaRN: {"type": "yarn", "factor", "original_max_position_embeddings", ...}
+    rope_scaling: dict | None = None  # YaRN: {"type": "yarn", "factor": 32, ...}; none: no stretching
     max_position_embeddings: int = 131072  # longest context the model is meant for
     initializer_range: float = 0.02  # standard deviation of initial weights
     # what K2 does not vary; kept so that a published file round-trips, any other value is refused
@@ -159,7 +159,9 @@ class KimiConfig:
             if getattr(self, name) != default:
                 raise ValueError(f"{name} must be {default!r} as in Kimi K2, got {getattr(self, name)!r}")
         if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim rotates pairs, so it must be even, got {self.qk_rope_head_dim}")
+            raise ValueError(
+                f"qk_rope_head_dim rotates pairs, so it must be even, got {self.qk_rope_head_dim}"
+            )
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) cannot exceed "
@@ -179,12 +181,17 @@ class KimiConfig:
     def preset(cls, name, **overrides):
         """A named size (PRESETS, below) with any field overridden."""
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; there are: {', '.join(PRESETS)}")
+            raise ValueError(
+                f"unknown preset {name!r}{_nearest(name, PRESETS)}; there are: {', '.join(PRESETS)}"
+            )
         known = [f.name for f in dataclasses.fields(cls)]
         for field in overrides:
             if field not in known:
                 raise ValueError(f"KimiConfig has no field {field!r}{_nearest(field, known)}")
-        return cls(**{**PRESETS[name], **overrides})
+        fields = {**PRESETS[name], **overrides}
+        if overrides.keys() & {"n_routed_experts", "num_experts_per_tok"}:
+            fields["routed_scaling_factor"] = overrides.get("routed_scaling_factor")  # computed anew
+        return cls(**fields)
 
     @classmethod
     def from_json(cls, path):
@@ -243,24 +250,26 @@ def _preset(vocab, hidden, layers, heads, latents, head_dims, experts, widths, c
         q_lora_rank=q_lora, kv_lora_rank=kv_lora, qk_nope_head_dim=nope, qk_rope_head_dim=rope,
         v_head_dim=v, n_routed_experts=n, num_experts_per_tok=k, n_shared_experts=shared,
         moe_intermediate_size=f, intermediate_size=dense, max_position_embeddings=context, **more,
-    )  # fmt: skip
+    )
 
 
 K2_YARN = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,
-           "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
+           "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 
 # The toys keep K2's ratios: a dense FFN as wide as the K + 1 experts a token sees, rope = nope / 2.
 #            vocab   hidden  L   H   q / kv latent  nope, rope, v   E, K, shared  expert, dense  context
 PRESETS = {
-    "nano":   _preset(512,    64,  2,  2, (32, 16),    (16, 8, 16),   (8, 2, 1),   (32, 96),      64, rope_theta=1e4),
-    "tiny":   _preset(2048,  128,  4,  4, (64, 32),    (32, 16, 32),  (16, 2, 1),  (64, 192),    256, rope_theta=1e4),
+    "nano":   _preset(512,    64,  2,  2, (32, 16),    (16, 8, 16),   (8, 2, 1),   (32, 96),      64,
+                      rope_theta=1e4),
+    "tiny":   _preset(2048,  128,  4,  4, (64, 32),    (32, 16, 32),  (16, 2, 1),  (64, 192),    256,
+                      rope_theta=1e4),
     "small":  _preset(32768, 768, 12, 12, (384, 128),  (64, 32, 64),  (64, 8, 1),  (256, 2304),  2048),
     "medium": _preset(65536, 2048, 24, 16, (512, 256), (128, 64, 128), (128, 8, 1), (768, 6912),  4096),
     "moonlight": _preset(163840, 2048, 27, 16, (None, 512), (128, 64, 128), (64, 6, 2), (1408, 11264), 8192,
                          routed_scaling_factor=2.446, rms_norm_eps=1e-5),  # eps UNCONFIRMED
     "k2":     _preset(163840, 7168, 61, 64, (1536, 512), (128, 64, 128), (384, 8, 1), (2048, 18432), 131072,
                       routed_scaling_factor=2.827, rope_scaling=K2_YARN),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -282,7 +291,11 @@ class Counts:
         """Bytes of weights, gradients and optimizer state: Muon keeps one number, AdamW two."""
         adamw_part = 2 * self.embedding + self.norms
         n_state = self.total + adamw_part
-        return {"weights": weight * self.total, "gradients": gradient * self.total, "optimizer": state * n_state}
+        return {
+            "weights": weight * self.total,
+            "gradients": gradient * self.total,
+            "optimizer": state * n_state,
+        }
 
     def cache_bytes_per_token(self, element=2):
         """Bytes that one more token of context costs: L (R + rope) numbers (V3 2.1.1)."""
@@ -349,7 +362,7 @@ SPLIT_PATTERN = "|".join([
     r"\p{N}{1,3}",  # numbers, three digits at a time
     r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation
     r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
-])  # fmt: skip
+])
 
 N_SPECIAL = 256
 SPECIAL_NAMES = {
@@ -358,7 +371,7 @@ SPECIAL_NAMES = {
     11: "<|tool_calls_section_begin|>", 12: "<|tool_calls_section_end|>", 13: "<|tool_call_begin|>",
     14: "<|tool_call_argument_begin|>", 15: "<|tool_call_end|>", 17: "<|im_middle|>",
     254: "[UNK]", 255: "[PAD]",
-}  # offset above the ranks; the others are called <|reserved_token_{id}|>  # fmt: skip
+}  # offset above the ranks; the others are called <|reserved_token_{id}|>
 
 DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 
@@ -398,7 +411,12 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}
 """.replace("DEFAULT_SYSTEM", DEFAULT_SYSTEM)
 
-ROLE_TOKEN = {"system": "<|im_system|>", "tool": "<|im_system|>", "user": "<|im_user|>", "assistant": "<|im_assistant|>"}
+ROLE_TOKEN = {
+    "system": "<|im_system|>",
+    "tool": "<|im_system|>",
+    "user": "<|im_user|>",
+    "assistant": "<|im_assistant|>",
+}
 CALL_ID = re.compile(r"functions\.(\w{1,64}):(\d+)")
 
 # GPT-2's table: every byte as one printable character, which is how Hugging Face writes BPE tokens.
@@ -415,7 +433,9 @@ class Tokenizer:
     """
 
     def __init__(self, ranks):
-        if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+        if sorted(ranks.values()) != list(range(len(ranks))) or any(
+            bytes([b]) not in ranks for b in range(256)
+        ):
             raise ValueError("ranks must be 0, 1, 2 ... without gaps and contain all 256 single bytes")
         self.ranks = ranks
         first = len(ranks)
@@ -433,7 +453,10 @@ class Tokenizer:
         A text that runs out of pairs gives fewer. Hugging Face's `tokenizers` finds the merges.
         """
         if vocab_size < 256 + N_SPECIAL:
-            raise ValueError(f"vocab_size must be at least {256 + N_SPECIAL}: 256 bytes and {N_SPECIAL} special ids")
+            raise ValueError(
+                f"vocab_size must be at least {256 + N_SPECIAL}: 256 bytes and {N_SPECIAL} special ids"
+            )
+        texts = [texts] if isinstance(texts, str) else texts
         bpe = _bpe_tokenizer(tokenizers.models.BPE())
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
@@ -456,7 +479,9 @@ class Tokenizer:
                 token, rank = line.split()
                 ranks[b64decode(token, validate=True)] = int(rank)
             except ValueError:
-                raise ValueError(f"{path} line {number}: expected '<base64 token> <rank>', got {line[:60]!r}") from None
+                raise ValueError(
+                    f"{path} line {number}: expected '<base64 token> <rank>', got {line[:60]!r}"
+                ) from None
         try:
             return cls(ranks)
         except ValueError as error:
@@ -516,7 +541,9 @@ class Tokenizer:
         for number, message in enumerate([*default, *messages], -len(default)):
             role = message.get("role")
             if role not in ROLE_TOKEN:
-                raise ValueError(f"message {number}: role must be one of {', '.join(ROLE_TOKEN)}, got {role!r}")
+                raise ValueError(
+                    f"message {number}: role must be one of {', '.join(ROLE_TOKEN)}, got {role!r}"
+                )
             put(ROLE_TOKEN[role])
             put_text(message.get("name") or role)
             put("<|im_middle|>")
@@ -574,7 +601,11 @@ class Tokenizer:
         while rest is not None:
             one, rest = _cut(rest, self.special["<|tool_call_begin|>"])
             call, between = _cut(one, self.special["<|tool_call_end|>"])
-            parsed = f"a tool call is not closed: {self.decode(call)!r}" if between is None else self._parse_call(call)
+            parsed = (
+                f"a tool call is not closed: {self.decode(call)!r}"
+                if between is None
+                else self._parse_call(call)
+            )
             (errors if isinstance(parsed, str) else calls).append(parsed)
             if between:
                 errors.append(f"text between tool calls: {self.decode(between)!r}")
@@ -617,7 +648,9 @@ class Tokenizer:
         ]
         vocab = {chars[token]: rank for token, rank in self.ranks.items()}
         bpe = _bpe_tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=True))
-        bpe.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in self.special])
+        bpe.add_special_tokens(
+            [tokenizers.AddedToken(name, special=True, normalized=False) for name in self.special]
+        )
         return bpe.to_str()
 
 
@@ -645,7 +678,9 @@ def _pieces(text, longest=400_000, longest_run=25_000):
 def _content(message, number):
     """The text of a message; OpenAI also allows a list of text parts, or none beside tool calls."""
     content = message.get("content")
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+    if isinstance(content, list) and all(
+        isinstance(p, dict) and isinstance(p.get("text"), str) for p in content
+    ):
         return "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"message {number}: content must be text, got {type(content).__name__}")
@@ -724,7 +759,11 @@ def rope_frequencies(cfg):
         return w.float(), 1.0
 
     def pair_that_turns(times):  # the pair index i whose wavelength fits `times` into L0
-        return d * math.log(yarn["original_max_position_embeddings"] / (2 * math.pi * times)) / (2 * math.log(base))
+        return (
+            d
+            * math.log(yarn["original_max_position_embeddings"] / (2 * math.pi * times))
+            / (2 * math.log(base))
+        )
 
     low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
     high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), d - 1)
@@ -856,7 +895,12 @@ def attend_fused(q, k, v, scale, mask=None, record=False):
     """The same by PyTorch's fused kernel, which never holds all of s: for long sequences and GPUs."""
     pad = q.shape[-1] - v.shape[-1] if q.device.type == "cpu" else 0  # the CPU's wants equal widths
     out = F.scaled_dot_product_attention(
-        q, k, F.pad(v, (0, pad)) if pad > 0 else v, mask, is_causal=mask is None and q.shape[2] > 1, scale=scale
+        q,
+        k,
+        F.pad(v, (0, pad)) if pad > 0 else v,
+        mask,
+        is_causal=mask is None and q.shape[2] > 1,
+        scale=scale,
     )
     return out[..., : v.shape[-1]], max_logits(q, k, scale) if record else None
 
@@ -937,7 +981,9 @@ class MLA(nn.Module):
     def absorbed(self, q_nope, q_rope, latent, mask):
         """Attend to the latents, one shared key for all heads: (B, T, H * v)."""
         B, T, H, _ = q_nope.shape
-        w_uk, w_uv = self.kv_b_proj.weight.to(latent.dtype).view(H, -1, self.R).split([self.nope, self.v], dim=1)
+        w_uk, w_uv = (
+            self.kv_b_proj.weight.to(latent.dtype).view(H, -1, self.R).split([self.nope, self.v], dim=1)
+        )
         q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk)  # W_UK^T q: (H, B T, R)
         q = torch.cat((q_latent.transpose(0, 1), q_rope.flatten(0, 1)), dim=-1)  # (B T, H, R + rope)
         s = torch.bmm(q.view(B, T * H, -1), latent.mT).float() * self.scale  # (B, T H, S)
@@ -989,10 +1035,13 @@ class Router(nn.Module):
         in_fp32 = torch.autocast(x_NC.device.type, enabled=False) if autocast_dtype(x_NC) else nullcontext()
         with in_fp32:
             scores = F.linear(x_NC.float(), self.weight.float()).sigmoid()
+        return *self.choose(scores), scores
+
+    def choose(self, scores):
+        """The K experts with the largest s + b, and their weights, from s alone."""
         chosen = (scores + self.e_score_correction_bias).topk(self.K, dim=-1, sorted=False).indices
         weights = scores.gather(1, chosen)
-        weights = weights * (self.factor / (weights.sum(dim=-1, keepdim=True) + 1e-20))
-        return chosen, weights, scores
+        return chosen, weights * (self.factor / (weights.sum(dim=-1, keepdim=True) + 1e-20))
 
 
 def sequence_aux_loss(chosen_NK, scores_NE, B):
@@ -1021,8 +1070,9 @@ class Experts(nn.Module):
     def forward(self, x_NC, chosen_NK, weights_NK):
         """sum_k weights[:, k] * Expert_{chosen[:, k]}(x): sort the N * K visits by expert, multiply
         each expert's rows with its matrices, add the results back up. Returns (N, C), load (E,)."""
-        if len(x_NC) <= 4 and x_NC.device.type == "cpu" and not torch.is_grad_enabled():
-            return self.few(x_NC, chosen_NK, weights_NK), None
+        if x_NC.device.type == "cpu" and not torch.is_grad_enabled():
+            if len(x_NC) * self.gate_proj.numel() <= 2**21 or len(x_NC) <= 4:
+                return self.few(x_NC, chosen_NK, weights_NK), None
         (N, C), K, E = x_NC.shape, chosen_NK.shape[1], len(self.gate_proj)
         expert, visit = chosen_NK.flatten().sort(stable=True)
         ends = torch.searchsorted(expert, torch.arange(E, device=expert.device), right=True)  # (E,)
@@ -1037,7 +1087,12 @@ class Experts(nn.Module):
         return out, ends.diff(prepend=ends.new_zeros(1))
 
     def few(self, x_NC, chosen_NK, weights_NK):
-        """The same for a handful of tokens without gradients: loop over the experts that were hit."""
+        """The same where calls cost more than arithmetic: a handful of tokens without gradients."""
+        N, E = len(x_NC), len(self.gate_proj)
+        if N > 1 and N * self.gate_proj.numel() <= 2**21:  # all experts on all tokens, most weighted 0
+            h = F.silu(x_NC @ self.gate_proj.mT) * (x_NC @ self.up_proj.mT)  # (E, N, F)
+            weights_NE = torch.zeros(N, E, dtype=h.dtype).scatter_(1, chosen_NK, weights_NK.to(h.dtype))
+            return torch.bmm(h * weights_NE.T.unsqueeze(-1), self.down_proj.mT).sum(dim=0)
         out = torch.zeros_like(x_NC)
         for x, y, experts, weights in zip(x_NC, out, chosen_NK.tolist(), weights_NK.tolist()):
             for e, weight in zip(experts, weights):
@@ -1156,7 +1211,7 @@ class KimiK2(nn.Module):
             "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.hidden_size),
             "layers": nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers)),
             "norm": RMSNorm(cfg.hidden_size, cfg.rms_norm_eps),
-        })  # fmt: skip
+        })
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         n_moe = cfg.num_hidden_layers - cfg.first_k_dense_replace
         for name, shape in (
@@ -1234,7 +1289,9 @@ class KimiK2(nn.Module):
         logits = self.lm_head(self.hidden(tokens, cache, absorb))
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+        )
         return logits, loss / (targets != -100).sum().clamp(min=1)
 
     def loss(self, tokens, targets):
@@ -1262,27 +1319,21 @@ class KimiK2(nn.Module):
         Temperature 0 takes the likeliest token; `generator` seeds the draws.
         """
         device, pad = self.lm_head.weight.device, self.cfg.vocab_size - 1
-        stop = torch.tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.long, device=device)
-        ragged = not isinstance(tokens, torch.Tensor)
-        padding = None
-        if ragged and not len(tokens):
-            raise ValueError("there are no prompts")
         if not 0 < top_p <= 1 or temperature < 0:
-            raise ValueError(f"top_p must be in (0, 1] and temperature not negative, got {top_p}, {temperature}")
-        if ragged:
-            prompts = [torch.as_tensor(p, dtype=torch.long, device=device) for p in tokens]
-            longest = max((len(p) for p in prompts), default=0)
-            padding = torch.tensor([longest - len(p) for p in prompts], device=device)
-            tokens = torch.stack([F.pad(p, (longest - len(p), 0), value=pad) for p in prompts])
-        tokens = tokens.to(device)
-        B, T = tokens.shape
-        if T == 0 or (ragged and min(map(len, prompts)) == 0):
+            raise ValueError(
+                f"top_p must be in (0, 1], temperature not negative, got {top_p}, {temperature}"
+            )
+        ragged = not isinstance(tokens, torch.Tensor)
+        tokens, padding = left_pad(tokens, pad, device) if ragged else (tokens.to(device), None)
+        (B, T), dtype = tokens.shape, autocast_dtype(self.lm_head.weight) or self.lm_head.weight.dtype
+        if T == 0:
             raise ValueError("a prompt must hold at least one token; [BOS] starts a new text")
-        dtype = autocast_dtype(tokens) or self.lm_head.weight.dtype
         cache = LatentCache(self.cfg, B, T + max_new_tokens, device, dtype)
-        cache.padding = padding if padding is not None and padding.any() else None
+        cache.padding = padding if ragged and padding.any() else None
+        stop = torch.tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.long, device=device)
         new, done = [], torch.zeros(B, dtype=torch.bool, device=device)
-        for _, token in zip(range(max_new_tokens), self.stream(tokens, cache, temperature, top_p, generator)):
+        continuation = self.stream(tokens, cache, temperature, top_p, generator)
+        for _, token in zip(range(max_new_tokens), continuation):
             if len(stop):
                 token = token.masked_fill(done, pad)
                 done = done | torch.isin(token, stop)
@@ -1292,8 +1343,23 @@ class KimiK2(nn.Module):
         out = torch.cat((tokens, *(token[:, None] for token in new)), dim=1)
         if not ragged:
             return out
-        rows = [row[start:] for row, start in zip(out, padding.tolist())]
-        return [_cut_after(row, len(p), stop) for row, p in zip(rows, prompts)]
+        return [_cut_after(row[skip:], T - skip, stop) for row, skip in zip(out, padding.tolist())]
+
+
+def left_pad(prompts, pad, device):
+    """Prompts of different lengths as (B, T), and how many places at the left are padding (B,)."""
+    prompts = [torch.as_tensor(p, dtype=torch.long, device=device) for p in prompts]
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("there must be a prompt, and at least one token in each; [BOS] starts a new text")
+    longest = max(map(len, prompts))
+    rows = [F.pad(p, (longest - len(p), 0), value=pad) for p in prompts]
+    return torch.stack(rows), torch.tensor([longest - len(p) for p in prompts], device=device)
+
+
+def _cut_after(row, start, stop):
+    """A row up to and with its first stop token at or after `start`."""
+    hits = torch.isin(row[start:], stop).nonzero()
+    return row[: start + hits[0, 0] + 1] if len(hits) else row
 
 
 class Decoder:
@@ -1305,10 +1371,13 @@ class Decoder:
     """
 
     def __init__(self, model):
-        self.cfg, self.dtype = model.cfg, autocast_dtype(model.lm_head.weight) or model.lm_head.weight.dtype
+        cfg, weight = model.cfg, model.lm_head.weight
+        self.dtype = autocast_dtype(weight) or weight.dtype
         self.embed, self.lm_head = model.model.embed_tokens.weight, self.cast(model.lm_head.weight)
         self.norm, self.rope = self.norm_of(model.model.norm, self.embed), (model.rope_w, model.rope_factor)
-        self.scale = softmax_scale(model.cfg)
+        self.cos = self.sin = torch.empty(0)
+        self.scale, self.H, self.R = softmax_scale(cfg), cfg.num_attention_heads, cfg.kv_lora_rank
+        self.nope = cfg.qk_nope_head_dim
         self.layers = [self.prepare(layer) for layer in model.model.layers]
 
     def cast(self, *weights):
@@ -1316,7 +1385,13 @@ class Decoder:
         return (torch.cat(weights) if len(weights) > 1 else weights[0]).detach().to(self.dtype)
 
     def norm_of(self, module, like):
-        return module.weight.shape, module.weight.detach().to(like.dtype), module.eps  # F.rms_norm's arguments
+        """RMSNorm as a function, for inputs with the dtype of `like`."""
+        shape, weight, eps = module.weight.shape, module.weight.detach().to(like.dtype), module.eps
+        if like.device.type != "cpu" or like.dtype != torch.float32:
+            return lambda x: F.rms_norm(x, shape, weight, eps)
+        # x / sqrt(|x|^2 + eps C) * sqrt(C) w: half the time of the CPU's rms_norm
+        floor, gain = torch.tensor(math.sqrt(eps * len(weight))), weight * math.sqrt(len(weight))
+        return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor) * gain
 
     def prepare(self, layer):
         """A layer's tensors, under the names of the modules they come from."""
@@ -1331,10 +1406,12 @@ class Decoder:
             p.q_norm, p.q_b = self.norm_of(m.q_a_layernorm, p.w_in), self.cast(m.q_b_proj.weight)
         w_uk, w_uv = self.cast(m.kv_b_proj.weight).view(m.H, -1, m.R).split([m.nope, m.v], dim=1)
         p.kv_norm, p.w_uk, p.w_uv = self.norm_of(m.kv_a_layernorm, p.w_in), w_uk, w_uv.mT
-        p.o, p.router, p.dense = self.cast(m.o_proj.weight), None, mlp
+        p.o, p.dense, p.router = self.cast(m.o_proj.weight), mlp, None
         if isinstance(mlp, MoE):
-            p.router, p.experts, p.dense = mlp.gate, copy.copy(mlp.experts), getattr(mlp, "shared_experts", None)
-            p.experts._parameters = {name: self.cast(weight) for name, weight in mlp.experts.named_parameters()}
+            p.dense, p.router = getattr(mlp, "shared_experts", None), mlp.gate
+            p.scores = mlp.gate.weight.detach().float()
+            p.experts = copy.copy(mlp.experts)  # the same code over weights of our dtype
+            p.experts._parameters = {name: self.cast(w) for name, w in mlp.experts.named_parameters()}
         if p.dense is not None:
             p.gate_up = self.cast(p.dense.gate_proj.weight, p.dense.up_proj.weight)
             p.down = self.cast(p.dense.down_proj.weight)
@@ -1343,35 +1420,36 @@ class Decoder:
     @torch.inference_mode()
     def step(self, token, cache):
         """Ids (B,) -> logits (B, V); the cache grows by one."""
-        position = torch.arange(cache.length, cache.length + 1, device=token.device)
+        n, unseen = cache.length, None
+        if n >= len(self.cos):
+            self.cos, self.sin = rope_table(torch.arange(2 * n + 64, device=token.device), *self.rope)
+        cos, sin = self.cos[n], self.sin[n]  # (1, rope)
         if cache.padding is not None:
-            position = (position - cache.padding).unsqueeze(1)  # (B, 1)
-        cos, sin = (t.squeeze(-3) for t in rope_table(position, *self.rope))  # (1, rope) or (B, 1, rope)
-        hidden = None
-        if cache.padding is not None:
-            hidden = torch.arange(cache.length + 1, device=token.device) < cache.padding[:, None, None]
+            cos, sin = self.cos[n - cache.padding], self.sin[n - cache.padding]  # (B, 1, rope)
+            unseen = torch.arange(n + 1, device=token.device) < cache.padding[:, None, None]
         x = F.embedding(token, self.embed)  # (B, C)
         with torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) else nullcontext():
             for number, p in enumerate(self.layers):
-                x = x + self.attention(F.rms_norm(x, *p.input_norm).to(self.dtype), p, cos, sin, hidden, cache, number)
-                x = x + self.ffn(F.rms_norm(x, *p.post_norm).to(self.dtype), p)
+                h = p.input_norm(x).to(self.dtype)
+                x = x + self.attention(h, p, cos, sin, unseen, cache, number)
+                x = x + self.ffn(p.post_norm(x).to(self.dtype), p)
             cache.length += 1
-            return F.linear(F.rms_norm(x, *self.norm).to(self.dtype), self.lm_head)
+            return F.linear(self.norm(x).to(self.dtype), self.lm_head)
 
-    def attention(self, h, p, cos, sin, hidden, cache, number):
+    def attention(self, h, p, cos, sin, unseen, cache, number):
         """MLA.absorbed for a single query, (B, C) -> (B, C)."""
-        B, H, R, nope = len(h), self.cfg.num_attention_heads, self.cfg.kv_lora_rank, self.cfg.qk_nope_head_dim
+        B, H, R, nope = len(h), self.H, self.R, self.nope
         q, c_kv, k_rope = F.linear(h, p.w_in).split(p.widths, dim=1)
         if p.low_rank:
-            q = F.linear(F.rms_norm(q, *p.q_norm), p.q_b)
+            q = F.linear(p.q_norm(q), p.q_b)
         q = q.view(B, H, -1)
         turned = rotate(torch.cat((q[..., nope:], k_rope.unsqueeze(1)), dim=1), cos, sin)  # (B, H + 1, rope)
-        new = torch.cat((F.rms_norm(c_kv, *p.kv_norm), turned[:, H]), dim=1)
+        new = torch.cat((p.kv_norm(c_kv), turned[:, H]), dim=1)
         latent = cache.update(number, new.unsqueeze(1)).to(h.dtype)  # (B, S, R + rope)
         q_latent = torch.bmm(q[..., :nope].transpose(0, 1), p.w_uk).transpose(0, 1)
         q = torch.cat((q_latent, turned[:, :H]), dim=2)  # (B, H, R + rope)
         s = torch.bmm(q, latent.mT).float() * self.scale  # (B, H, S)
-        a = (s if hidden is None else s.masked_fill_(hidden, -math.inf)).softmax(dim=-1)
+        a = (s if unseen is None else s.masked_fill_(unseen, -math.inf)).softmax(dim=-1)
         context = torch.bmm(a.to(h.dtype), latent[..., :R])  # (B, H, R)
         return F.linear(torch.bmm(context.transpose(0, 1), p.w_uv).transpose(0, 1).reshape(B, -1), p.o)
 
@@ -1383,8 +1461,8 @@ class Decoder:
             y = F.linear(F.silu(gate) * up, p.down)
         if p.router is None:
             return y
-        chosen_BK, weights_BK, _ = p.router(h)
-        return y + p.experts(h, chosen_BK, weights_BK)[0]
+        chosen_weights = p.router.choose(F.linear(h.float(), p.scores).sigmoid())
+        return y + p.experts(h, *chosen_weights)[0]
 
 
 def sample_token(logits, temperature, top_p, generator=None):
@@ -1397,12 +1475,6 @@ def sample_token(logits, temperature, top_p, generator=None):
         ordered = ordered * (ordered.cumsum(dim=-1) - ordered < top_p)
         p = torch.zeros_like(p).scatter_(1, index, ordered)
     return torch.multinomial(p, 1, generator=generator).squeeze(1)
-
-
-def _cut_after(row, start, stop):
-    """A row up to and with its first stop token at or after `start`."""
-    hits = torch.isin(row[start:], stop).nonzero()
-    return row[: start + hits[0, 0] + 1] if len(hits) else row
 
 
 # ==================================================================================================
@@ -1440,7 +1512,9 @@ def newton_schulz(G, steps=5, dtype=None):
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
-ADAMW_PARAMETERS = re.compile(r"model\.embed_tokens\.weight|lm_head\.weight|(.*\.)?norm\.weight|.*layernorm\.weight")
+ADAMW_PARAMETERS = re.compile(
+    r"model\.embed_tokens\.weight|lm_head\.weight|(.*\.)?norm\.weight|.*layernorm\.weight"
+)
 MUON_PARAMETERS = re.compile(r".*_proj(_with_mqa)?(\.weight)?|.*\.gate\.weight")  # the router too: our choice
 
 
@@ -1456,11 +1530,14 @@ class MuonClip(torch.optim.Optimizer):
     """
 
     def __init__(self, model, lr=2e-4, weight_decay=0.1, momentum=0.95, tau=100.0, kind="muonclip", *,
-                 betas=(0.9, 0.95), eps=1e-8, nesterov=True, ns_steps=5, ns_dtype=None, bias_update_rate=1e-3):  # fmt: skip
+                 betas=(0.9, 0.95), eps=1e-8, nesterov=True, ns_steps=5, ns_dtype=None,
+                 bias_update_rate=1e-3):
         if kind not in ("muonclip", "muon", "adamw"):
             raise ValueError(f"kind must be 'muonclip', 'muon' or 'adamw', got {kind!r}")
         if not (lr >= 0 and weight_decay >= 0 and 0 <= momentum < 1 and tau > 0):
-            raise ValueError(f"impossible settings: lr {lr}, weight_decay {weight_decay}, momentum {momentum}, tau {tau}")
+            raise ValueError(
+                f"impossible settings: lr {lr}, weight_decay {weight_decay}, momentum {momentum}, tau {tau}"
+            )
         by_muon, by_adamw = [], []
         for name, p in model.named_parameters():
             if bool(ADAMW_PARAMETERS.fullmatch(name)) == bool(MUON_PARAMETERS.fullmatch(name)):
@@ -1469,7 +1546,9 @@ class MuonClip(torch.optim.Optimizer):
             (by_muon if muon else by_adamw).append(p)
         common = dict(lr=lr, weight_decay=weight_decay)
         groups = [
-            dict(params=by_muon, rule="muon", momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, **common),
+            dict(
+                params=by_muon, rule="muon", momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, **common
+            ),
             dict(params=by_adamw, rule="adamw", betas=betas, eps=eps, **common),
         ]
         super().__init__([group for group in groups if group["params"]], {})
@@ -1522,14 +1601,17 @@ class MuonClip(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), device=p.device)
-                self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = (
+                    torch.zeros_like(p),
+                    torch.zeros_like(p),
+                )
         state = {key: [self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")}
         adamw(
             params, [p.grad for p in params], state["exp_avg"], state["exp_avg_sq"], [], state["step"],
             fused=params[0].device.type in ("cpu", "cuda", "mps"), amsgrad=False, beta1=group["betas"][0],
             beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
             maximize=False,
-        )  # fmt: skip
+        )
 
     def _read_records(self):
         """S_max and loads of the step, over all micro-batches and all data-parallel ranks."""
@@ -1582,9 +1664,13 @@ def save_pretrained(model, tok, folder, max_shard_bytes=5 * 10**9):
     """Write model and tokenizer (or None) to `folder`. It appears complete or not at all: an older
     one there is replaced only once the new one is on disk."""
     if tok is not None and tok.n_vocab != model.cfg.vocab_size:
-        raise ValueError(f"the tokenizer has {tok.n_vocab} ids, the model's vocab_size is {model.cfg.vocab_size}")
+        raise ValueError(
+            f"the tokenizer has {tok.n_vocab} ids, the model's vocab_size is {model.cfg.vocab_size}"
+        )
     folder = Path(folder).resolve()  # through a symbolic link
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds other files; a model is saved to a folder of its own")
     if old.exists() and not folder.exists():  # killed between the two renames below
         os.replace(old, folder)
     for leftover in (new, old):

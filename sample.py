@@ -139,7 +139,7 @@ def bench(model, tok, args, generator):
 
 def main(argv=None):
     parser = OneLineParser("sample.py", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a run's folder, or a model in Hugging Face layout")
     parser.add_argument(
         "prompt", nargs="?", help="text to continue, or the first thing to say; - reads stdin"

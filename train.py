@@ -107,7 +107,7 @@ class RunConfig:
 RUN_DEFAULTS = {
     "nano": dict(steps=60, batch_size=8, seq_len=64, lr=6e-3, warmup=5, tau=10.0, bias_update_rate=1e-2,
                  eval_every=30, eval_tokens=2048, save_every=20),
-    "tiny": dict(steps=800, batch_size=32, seq_len=128, lr=6e-3, warmup=20, tau=30.0, bias_update_rate=1e-2,
+    "tiny": dict(steps=700, batch_size=32, seq_len=128, lr=6e-3, warmup=20, tau=12.0, bias_update_rate=1e-2,
                  eval_every=100, eval_tokens=8192, save_every=100),
     "small": dict(steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200, tau=100.0,
                   bias_update_rate=1e-3, eval_every=500, eval_tokens=2**19, save_every=500),
@@ -117,7 +117,7 @@ RUN_DEFAULTS = {
                       tau=100.0, bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**22, save_every=1000),
     "k2": dict(steps=230_968, batch_size=16_384, micro_batch=1, seq_len=4096, lr=2e-4, warmup=500,
                tau=100.0, bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**24, save_every=1000),
-}  # fmt: skip
+}
 
 FAST = dict(preset="nano", max_documents=40, steps=20, eval_every=10, save_every=10)
 MACHINE_FIELDS = {"out", "device", "compile", "gpus", "gpu_tflops", "gpu_gib", "gpu_watts", "gpu_hour", "mfu"}
@@ -165,10 +165,14 @@ def value_of(text, kind):
 
 def build_parser():
     parser = OneLineParser("train.py", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="?", choices=STAGES, help="one stage alone; none: all of them")
-    parser.add_argument("--resume", action="store_true", help="continue --out with the settings it began with")
-    parser.add_argument("--fast", action="store_true", help="the nano model and a few steps: a first look in seconds")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue --out with the settings it began with"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="the nano model and a few steps: a first look in seconds"
+    )
     parser.add_argument("--plan", action="store_true", help="print what the run costs and leave")
     for cls, title in ((RunConfig, "the run"), (KimiConfig, "the model: any field overrides the preset")):
         group, comments = parser.add_argument_group(title), comments_of(cls)
@@ -176,7 +180,7 @@ def build_parser():
             default = "" if field.default is None or cls is KimiConfig else f" (default {field.default})"
             group.add_argument(f"--{field.name}", type=lambda text, kind=field.type: _flag_value(text, kind),
                                default=argparse.SUPPRESS, metavar=field.name.upper(),
-                               help=(comments[field.name] + default).replace("%", "%%"))  # fmt: skip
+                               help=(comments[field.name] + default).replace("%", "%%"))
     return parser
 
 
@@ -209,7 +213,7 @@ def configure(run_fields, model_fields):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
     choices = {"optimizer": ("muonclip", "muon", "adamw"), "device": ("auto", "cpu", "cuda", "mps"),
-               "dtype": ("auto", "fp32", "bf16"), "compile": ("auto", "on", "off")}  # fmt: skip
+               "dtype": ("auto", "fp32", "bf16"), "compile": ("auto", "on", "off")}
     for name, allowed in choices.items():
         if getattr(run, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(run, name)!r}")
@@ -232,7 +236,9 @@ def plan(run, cfg):
     here = run.micro_batch * run.seq_len
     widest = cfg.num_attention_heads * (2 * cfg.qk_nope_head_dim + 2 * cfg.qk_rope_head_dim + cfg.v_head_dim)
     widest += 3 * (cfg.num_experts_per_tok + cfg.n_shared_experts) * cfg.moe_intermediate_size
-    activations = 2 * here * (cfg.num_hidden_layers * cfg.hidden_size + 2 * widest) + 8 * here * cfg.vocab_size
+    activations = (
+        2 * here * (cfg.num_hidden_layers * cfg.hidden_size + 2 * widest) + 8 * here * cfg.vocab_size
+    )
     room = 0.9 * run.gpu_gib * GiB - activations
     gpus = run.gpus or max(1, math.ceil(state / max(room, GiB)))
     hours = tokens * flops / (gpus * run.mfu * run.gpu_tflops * 1e12) / 3600
@@ -241,21 +247,24 @@ def plan(run, cfg):
              ("embedding", "attention", "dense", "routed_experts", "shared_experts", "router", "norms")]
     rows += [
         ("tokens", f"{tokens / 1e9:,.3f} B in {run.steps:,} steps of {run.batch_size * run.seq_len:,}"),
-        ("FLOPs a token", f"{flops:.4g} training, {n.decode_flops(run.seq_len):.4g} decoding at {run.seq_len:,}"),
+        ("FLOPs a token", f"{flops:.4g} training, "
+                          f"{n.decode_flops(run.seq_len):.4g} decoding at {run.seq_len:,}"),
         ("FLOPs of the run", f"{tokens * flops:.4g}"),
         ("cache", f"{n.cache_bytes_per_token():,} B a token in bf16, "
                   f"{n.cache_bytes_per_token() * cfg.max_position_embeddings / GiB:.2f} GiB at "
                   f"{cfg.max_position_embeddings:,} tokens"),
-        ("training state here", f"{state / GiB:,.2f} GiB: fp32 weights {ours['weights'] / GiB:,.2f}, gradients "
-                                f"{ours['gradients'] / GiB:,.2f}, optimizer {ours['optimizer'] / GiB:,.2f}"),
-        ("the report's states", f"{(report['weights'] + report['gradients']) / 1e12:,.3f} TB of bf16 weights and "
-                                "fp32 gradients (R 2.4: about 6 TB for K2 over 256 GPUs)"),
+        ("training state here", f"{state / GiB:,.2f} GiB: fp32 weights {ours['weights'] / GiB:,.2f}, "
+                                f"gradients {ours['gradients'] / GiB:,.2f}, "
+                                f"optimizer {ours['optimizer'] / GiB:,.2f}"),
+        ("the report's states", f"{(report['weights'] + report['gradients']) / 1e12:,.3f} TB of bf16 weights "
+                                "and fp32 gradients (R 2.4: about 6 TB for K2 over 256 GPUs)"),
         ("GPUs", f"{gpus:,} of {run.gpu_gib:g} GiB"),
         ("memory of one", f"{state / gpus / GiB:.2f} GiB state + {activations / GiB:.2f} GiB activations"),
-        ("time", f"{hours:,.2f} h at {run.mfu:.0%} of {run.gpu_tflops:g} TFLOP/s, {gpus * hours:,.2f} GPU hours"),
+        ("time", f"{hours:,.2f} h at {run.mfu:.0%} of {run.gpu_tflops:g} TFLOP/s, "
+                 f"{gpus * hours:,.2f} GPU hours"),
         ("energy", f"{gpus * hours * run.gpu_watts / 1e6:,.4g} MWh at {run.gpu_watts:g} W a GPU"),
         ("cost", f"${gpus * hours * run.gpu_hour:,.2f} at ${run.gpu_hour:g} a GPU hour"),
-    ]  # fmt: skip
+    ]
     return "\n".join(f"{name:22s} {text}" for name, text in rows)
 
 
@@ -439,7 +448,8 @@ STATEMENTS = {
               "{a} 个{item}的价格是 {b} 欧元。{c} 个{item}的价格是多少欧元？",
               "{a} {item} kosten {b} Euro. Wie viel Euro kosten {c} {item}?"),
     "distance": ("A train travels at {a} kilometres per hour. How many kilometres does it travel "
-                 "in {b} hours?", "기차가 한 시간에 {a}킬로미터를 달립니다. {b}시간 동안 몇 킬로미터를 달립니까?",
+                 "in {b} hours?",
+                 "기차가 한 시간에 {a}킬로미터를 달립니다. {b}시간 동안 몇 킬로미터를 달립니까?",
                  "一列火车每小时行驶 {a} 千米，{b} 小时行驶多少千米？",
                  "Ein Zug fährt {a} Kilometer pro Stunde. Wie viele Kilometer fährt er "
                  "in {b} Stunden?"),
@@ -786,7 +796,9 @@ def own_documents(source, skipped):
         elif path.suffix == ".jsonl":
             yield from jsonl_documents(path, name, skipped)
         elif not root.is_dir():
-            raise UserError(f"--data {source}: only .txt, .md, .jsonl, a folder of them or hf:NAME can be read")
+            raise UserError(
+                f"--data {source}: only .txt, .md, .jsonl, a folder of them or hf:NAME can be read"
+            )
 
 
 def jsonl_documents(path, name, skipped):
@@ -1054,7 +1066,11 @@ class Checkpoints:
         path = self.folder / f"{self.stage}_{progress.step:08d}.safetensors"
         try:
             with atomic(path) as temporary:
-                save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, {"progress": json.dumps(facts)})
+                save_file(
+                    {k: t.contiguous() for k, t in tensors.items()},
+                    temporary,
+                    {"progress": json.dumps(facts)},
+                )
         except (OSError, SafetensorError) as error:
             kept = next(iter(self.paths()), "none")
             raise UserError(f"could not save {path}: {error}; the last good checkpoint is {kept}") from None
@@ -1069,9 +1085,11 @@ class Checkpoints:
                 return self._load(path, model, opt)
             except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
                 print(f"{path} is damaged ({str(error).splitlines()[0][:100]}), trying the one before it",
-                      file=sys.stderr)  # fmt: skip
+                      file=sys.stderr)
         if paths:
-            raise UserError(f"no checkpoint in {self.folder} can be read; delete that folder to start this stage again")
+            raise UserError(
+                f"no checkpoint in {self.folder} can be read; delete that folder to start this stage again"
+            )
         return Progress()
 
     @staticmethod
@@ -1159,7 +1177,7 @@ def train_step(model, opt, job, batch, lr):
     opt.step()
     opt.zero_grad()
     return {"loss": loss, "grad_norm": grad_norm, "s_max": opt.max_logits.max().item(),
-            "expert_load_max": [round(v, 3) for v in load.amax(dim=1).tolist()], "load": load}  # fmt: skip
+            "expert_load_max": [round(v, 3) for v in load.amax(dim=1).tolist()], "load": load}
 
 
 class Broken(UserError):
@@ -1206,14 +1224,16 @@ def fit(stage, job, model, opt, batch_of, evaluate):
                 figures = train_step(model, opt, job, batch_of(step), lr)
             except Broken as error:
                 raise UserError(f"{stage} stopped at step {step}: {error}. "
-                                f"The last good checkpoint is in {checkpoints.folder}") from None  # fmt: skip
+                                f"The last good checkpoint is in {checkpoints.folder}") from None
             load, tokens = figures.pop("load"), run.batch_size * run.seq_len
             now = time.perf_counter()
             clipped = opt.max_logits > opt.tau if opt.clip else torch.zeros_like(progress.ever_clipped)
-            progress = Progress(step + 1, progress.tokens + tokens, progress.seconds + now - clock,
-                                max(progress.max_logit, figures["s_max"]), progress.ever_clipped | clipped)  # fmt: skip
+            progress = Progress(
+                step + 1, progress.tokens + tokens, progress.seconds + now - clock,
+                max(progress.max_logit, figures["s_max"]), progress.ever_clipped | clipped,
+            )
             row |= {"tokens": progress.tokens, "lr": lr, "tok_s": round(tokens / (now - began)),
-                    "clipped_heads": int(clipped.sum()), **figures}  # fmt: skip
+                    "clipped_heads": int(clipped.sum()), **figures}
             if step % run.eval_every == 0:
                 row |= {"s_max_heads": opt.max_logits.tolist(), "expert_load": load.tolist()}
             metrics.write(row)
@@ -1222,7 +1242,7 @@ def fit(stage, job, model, opt, batch_of, evaluate):
     bar.close()
     if progress.step < run.steps:
         raise UserError(f"stopped and saved at step {progress.step}; go on with: "
-                        f"python train.py --resume --out {job.out}")  # fmt: skip
+                        f"python train.py --resume --out {job.out}")
     return progress
 
 
@@ -1245,7 +1265,7 @@ def pretrain(job):
         model = KimiK2(job.cfg)
     model.recompute = run.recompute
     opt = MuonClip(model, lr=run.lr, weight_decay=run.weight_decay, momentum=run.momentum, tau=run.tau,
-                   kind=run.optimizer, bias_update_rate=run.bias_update_rate)  # fmt: skip
+                   kind=run.optimizer, bias_update_rate=run.bias_update_rate)
     compile_blocks(model, job)
 
     def batch_of(step):
@@ -1302,7 +1322,9 @@ def sample_text(model, job, step, n_tokens=48):
     """A continuation of a validation text, another domain each time, to read while it trains."""
     domains = sorted(domain for domain, split in job.data.ids if split == "val")
     domain = domains[step // job.run.eval_every % len(domains)]
-    prompt = torch.from_numpy(np.asarray(job.data.ids[domain, "val"][:24]).astype(np.int64))[None].to(job.device)
+    prompt = torch.from_numpy(np.asarray(job.data.ids[domain, "val"][:24]).astype(np.int64))[None].to(
+        job.device
+    )
     generator = torch.Generator(job.device).manual_seed(job.run.seed)
     with job.autocast():
         ids = model.generate(prompt, n_tokens, 0.6, stop=job.tok.special["[EOS]"], generator=generator)[0]
@@ -1335,7 +1357,13 @@ def plot_run(out):
         evaluated = [row for row in rows if row.get("val_bpb")]
         for domain in evaluated[0]["val_bpb"] if evaluated else ():
             values = [row["val_bpb"][domain] for row in evaluated]
-            axes.plot([row["step"] for row in evaluated], values, marker="o", ms=3, label=f"{domain} (bits per byte)")
+            axes.plot(
+                [row["step"] for row in evaluated],
+                values,
+                marker="o",
+                ms=3,
+                label=f"{domain} (bits per byte)",
+            )
 
     def max_logit(axes):
         axes.plot(steps, [row["s_max"] for row in trained], lw=0.9, label="largest S_max, before the clip")
@@ -1345,7 +1373,9 @@ def plot_run(out):
         layers = len(trained[0]["expert_load_max"])
         for layer in range(layers):
             values = [row["expert_load_max"][layer] for row in trained]
-            axes.plot(steps, values, lw=0.8, color=f"{0.75 * layer / layers:.2f}", label=f"MoE layer {layer + 1}")
+            axes.plot(
+                steps, values, lw=0.8, color=f"{0.75 * layer / layers:.2f}", label=f"MoE layer {layer + 1}"
+            )
         axes.axhline(1, color="tab:blue", ls="--", lw=0.9, label="perfect balance")
 
     figure("loss", "Loss, unsmoothed", "nats a token, bits per byte", loss)
@@ -1360,7 +1390,7 @@ def write_report(job, seconds, pretrain_figures):
         "seconds": {"total": sum(seconds.values()), **seconds},
         "device": str(job.device), "preset": job.run.preset, "seed": job.run.seed,
         "pretrain": pretrain_figures,
-    }  # fmt: skip
+    }
     write_json(job.out / "report.json", facts)
     trained = [row for row in read_metrics(job.out) if "loss" in row]
     p = pretrain_figures
@@ -1369,11 +1399,14 @@ def write_report(job, seconds, pretrain_figures):
     tenth = max(1, len(loads) // 10)
     late, early = sum(loads[-tenth:]) / tenth, sum(loads[:tenth]) / tenth
     claims = [
-        ("no loss spike in the unsmoothed curve (R 2.5, Fig. 3)", f"largest rise from one step to the next {worst:.3f} nats"),
-        ("QK-Clip keeps logits near tau (R 2.1, Fig. 2)", f"largest S_max {p['max_logit']:.2f} with tau {job.run.tau:g}"),
+        ("no loss spike in the unsmoothed curve (R 2.5, Fig. 3)",
+         f"largest rise from one step to the next {worst:.3f} nats"),
+        ("QK-Clip keeps logits near tau (R 2.1, Fig. 2)",
+         f"largest S_max {p['max_logit']:.2f} with tau {job.run.tau:g}"),
         ("12.7 % of heads were ever clipped (R App. D)", f"{p['clipped_heads']:.1%} of heads"),
-        ("the bias balances experts (V3 2.1.2)", f"busiest expert / mean: {early:.2f} at first, {late:.2f} at last"),
-    ]  # fmt: skip
+        ("the bias balances experts (V3 2.1.2)",
+         f"busiest expert / mean: {early:.2f} at first, {late:.2f} at last"),
+    ]
     lines = [
         f"# Run {job.out.name}: {job.run.preset}, seed {job.run.seed}, on {job.device}", "",
         f"{count_parameters(job.cfg).total:,} parameters, {p['tokens']:,} tokens, "
@@ -1384,7 +1417,7 @@ def write_report(job, seconds, pretrain_figures):
         *(f"| {claim} | {measured} |" for claim, measured in claims), "",
         *(f"![{name}](figures/{name}.png)" for name in ("loss", "max_logit", "expert_load")), "",
         "Rerun: `python train.py --out NEW_FOLDER` with the settings of config.json.", "",
-    ]  # fmt: skip
+    ]
     with atomic(job.out / "report.md") as temporary:
         temporary.write_text("\n".join(lines), encoding="utf-8")
 
@@ -1408,8 +1441,8 @@ def open_run(run_fields, model_fields, resume):
         changed = [key for key in now if key not in MACHINE_FIELDS and now[key] != before.get(key)]
         if changed:
             was = ", ".join(f"{key} {before.get(key)!r}, now {now[key]!r}" for key in changed[:4])
-            raise UserError(f"{out} holds a run with other settings ({was}); --resume without flags continues it, "
-                            "another --out starts a new one")  # fmt: skip
+            raise UserError(f"{out} holds a run with other settings ({was}); --resume without flags "
+                            "continues it, another --out starts a new one")
         return run, cfg
     if resume:
         raise UserError(f"--resume: there is no run in {out}")
@@ -1418,7 +1451,7 @@ def open_run(run_fields, model_fields, resume):
     run, cfg = configure(run_fields, model_fields)
     out.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                "threads": run.threads or torch.get_num_threads(), "machine": platform.machine()}  # fmt: skip
+                "threads": run.threads or torch.get_num_threads(), "machine": platform.machine()}
     write_json(path, {"model": dataclasses.asdict(cfg), "run": dataclasses.asdict(run), "versions": versions})
     return run, cfg
 
@@ -1431,7 +1464,9 @@ def train(run, cfg):
     device = pick_device(run.device)
     tok = prepare_data(run, cfg, out)
     if tok.n_vocab < cfg.vocab_size:
-        print(f"note: this text has only {tok.n_vocab} tokens to offer, fewer than vocab_size {cfg.vocab_size}")
+        print(
+            f"note: this text has only {tok.n_vocab} tokens to offer, fewer than vocab_size {cfg.vocab_size}"
+        )
         cfg = dataclasses.replace(cfg, vocab_size=tok.n_vocab)
     job = Job(run, cfg, out, device, tok, TokenFiles(out / "data", run.domain_weights))
     seconds = {"data": time.perf_counter() - began}

@@ -78,7 +78,7 @@ def row(what, rounds, formula, goal=None, at_most=False, unit="x", note=""):
     figure = f"{show(value)} ({show(low)} - {show(high)})"
     print(f"{what:<43} {figure:<25} {aim:<10} {verdict:<7} {note}", flush=True)
     return dict(what=what, value=value, low=low, high=high, unit=unit, goal=goal, at_most=at_most,
-                reached=reached, note=note, seconds=rounds)  # fmt: skip
+                reached=reached, note=note, seconds=rounds)
 
 
 # ---------------------------------------------------------------------------------- contestants
@@ -257,7 +257,7 @@ def layer_run(cfg, shape, device):
 def bench_moe(args):
     preset, cfg, data = setup(args)
     wide = KimiConfig.preset("tiny", hidden_size=256, n_routed_experts=32, num_experts_per_tok=4,
-                             moe_intermediate_size=128)  # fmt: skip
+                             moe_intermediate_size=128)
     lines = []
     for c in (cfg, wide):
         shapes = {"moe": c, "dense": dense_twin(c)}
@@ -299,7 +299,7 @@ def bench_optimizer(args):
             both()
 
     runs = dict(step=our_step(cfg, data), both=both, no_s_max=no_s_max, muonclip=muonclip.step,
-                adamw=adamw.step)  # fmt: skip
+                adamw=adamw.step)
     rounds, goal = interleaved(runs, args.repeats), 0.08 if args.device.type == "cuda" else 0.20
     shares = (
         (f"MuonClip + S_max, share of the step, {preset}", goal,
@@ -307,7 +307,7 @@ def bench_optimizer(args):
         ("  MuonClip.step alone", None, lambda step, muonclip, **_: muonclip / step),
         ("  S_max alone", None, lambda step, both, no_s_max, **_: (both - no_s_max) / step),
         ("  fused AdamW instead, to compare", None, lambda step, adamw, **_: adamw / step),
-    )  # fmt: skip
+    )
     return [row(what, rounds, share, goal, True, unit="%") for what, goal, share in shares]
 
 
@@ -372,7 +372,7 @@ def show_profile(args):
     model, ids = KimiK2(cfg).to(args.device).eval(), data[0][:, :32]
     runs = {"train step": our_step(cfg, data),
             "decode, batch 1": lambda: model.generate(ids[:1], 32, temperature=0),
-            "decode, batch 16": lambda: model.generate(ids[:16], 32, temperature=0)}  # fmt: skip
+            "decode, batch 16": lambda: model.generate(ids[:16], 32, temperature=0)}
     for what, run in runs.items():
         run()
         with torch.profiler.profile() as recorded:
@@ -384,12 +384,12 @@ def show_profile(args):
 
 
 ROWS = dict(train=bench_train, moe=bench_moe, optimizer=bench_optimizer, decode=bench_decode,
-            mfu=bench_mfu)  # fmt: skip
+            mfu=bench_mfu)
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=list(kimi_k2.PRESETS), help="default: tiny; CUDA: small, not to decode")
     add("--rows", help=f"some of {','.join(ROWS)}; default: all, mfu on CUDA only")

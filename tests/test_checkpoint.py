@@ -23,7 +23,7 @@ from kimi_k2 import KimiConfig, KimiK2, Tokenizer, load_pretrained, save_pretrai
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk
 TOKENS = torch.arange(40).view(2, 20) * 7 % 512
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
-        "beta_fast": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
+        "beta_fast": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 SHAPES = {  # overrides of nano that reach every branch of the checkpoint's layout
     "nano": {},
     "yarn": {"rope_scaling": YARN},
@@ -151,7 +151,7 @@ def test_files_of_a_folder(folder):
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tiktoken.model",
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    }  # fmt: skip
+    }
 
 
 def test_names_and_shapes_are_the_published_ones(folder):
@@ -225,7 +225,7 @@ def test_the_config_file_names_dtype_class_and_token_ids(folder):
     assert fields["torch_dtype"] == "float32"
     special = bytes_tokenizer().special
     assert [fields[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [
-        special["[BOS]"], special["[EOS]"], special["[PAD]"]]  # fmt: skip
+        special["[BOS]"], special["[EOS]"], special["[PAD]"]]
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == special["<|im_end|>"]
 
@@ -330,7 +330,7 @@ def test_old_rotary_buffers_in_a_file_are_ignored(folder):
 # fp8 ----------------------------------------------------------------------------------------------
 
 ODD = dict(hidden_size=200, q_lora_rank=130, kv_lora_rank=70, v_head_dim=20, n_routed_experts=4,
-           moe_intermediate_size=150, intermediate_size=260)  # fmt: skip
+           moe_intermediate_size=150, intermediate_size=260)
 
 
 def is_quantised(name):
@@ -586,6 +586,23 @@ def test_a_second_save_replaces_the_folder_completely(sharded):
     assert not list(sharded.glob("model-*")) and not list(sharded.glob("*index*"))
     assert not (sharded / "stale.safetensors").exists() and not (sharded / "notes").exists()
     assert os.listdir(sharded.parent) == [sharded.name]
+
+
+def test_a_folder_that_is_no_model_is_never_replaced(tmp_path):
+    """A slip such as save_pretrained(model, tok, ".") must not cost the files that are there."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    with pytest.raises((OSError, ValueError), match="home"):
+        save_pretrained(new_model(), None, home)
+    assert (home / "thesis.txt").read_text() == "years of work"
+    assert os.listdir(tmp_path) == ["home"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "model").mkdir()
+    save_pretrained(new_model(), None, tmp_path / "model")
+    assert_same_weights(load_pretrained(tmp_path / "model")[0], new_model())
 
 
 def test_leftovers_of_a_killed_save_do_no_harm(folder):

@@ -14,7 +14,7 @@ COLUMNS = (
     "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
     "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "intermediate_size",
     "max_position_embeddings",
-)  # fmt: skip
+)
 TABLE = {
     "nano": (512, 64, 2, 2, 32, 16, 16, 8, 16, 8, 2, 1, 32, 96, 64),
     "tiny": (2048, 128, 4, 4, 64, 32, 32, 16, 32, 16, 2, 1, 64, 192, 256),
@@ -86,7 +86,7 @@ K2_FILE = {  # the published config.json, the fields we do not use included
         "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
         "activation_scheme": "dynamic",
     },
-}  # fmt: skip
+}
 
 SIZES = [name for name in COLUMNS if name != "q_lora_rank"] + ["first_k_dense_replace"]
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -278,7 +278,7 @@ def test_a_llama_config_is_refused_by_the_sizes_it_lacks(tmp_path):
     llama = {
         "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32,
         "intermediate_size": 11008, "num_attention_heads": 32, "max_position_embeddings": 4096,
-    }  # fmt: skip
+    }
     path = tmp_path / "config.json"
     path.write_text(json.dumps(llama))
     with pytest.raises(ValueError, match="kv_lora_rank.*missing") as error:
@@ -323,7 +323,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("tie_word_embeddings", True), ("norm_topk_prob", False), ("hidden_act", "gelu"),
         ("topk_method", "greedy"), ("moe_layer_freq", 2), ("num_nextn_predict_layers", 1),
     ],
-)  # fmt: skip
+)
 def test_another_architecture_is_refused(tmp_path, field, value):
     with pytest.raises(ValueError, match=f"{field} must be .*{value!r}") as error:
         KimiConfig.from_json(write(tmp_path, **{field: value}))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ngram import ByteNGram
 
 import train
-from ngram import ByteNGram
 
 
 @pytest.fixture(scope="module")

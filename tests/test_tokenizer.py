@@ -52,7 +52,7 @@ SPECIAL_OFFSETS = {  # the published table, as offsets from its first id 163584
     "<|tool_calls_section_begin|>": 11, "<|tool_calls_section_end|>": 12,
     "<|tool_call_begin|>": 13, "<|tool_call_argument_begin|>": 14, "<|tool_call_end|>": 15,
     "<|im_middle|>": 17, "[UNK]": 254, "[PAD]": 255,
-}  # fmt: skip
+}
 
 SECTION, END_SECTION = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 CALL, ARGUMENTS, END_CALL = (
@@ -67,7 +67,7 @@ STRANGE = [
     "العربية ١٢٣", "ไทย हिन्दी ελληνικά", "한국어와 日本語と中文", "1234567", "١٢٣٤", "Ⅷ½²",
     "don't DON'T don’t we'LL",
     "x = {'a': [1, 2]}  # no\r\n\r\n\tend", "�", "<|im_end|>[PAD]",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +337,7 @@ def test_long_inputs_come_back_and_are_fast(tok, text):
         " " * 30_000 + "汉" * 26_000, ("ab " * 140_000)[:400_003], "x" * 399_990 + " " * 30_000,
     ],
     ids=["limit", "limit + 1", "letters", "two runs", "three cuts", "both", "slice", "over it"],
-)  # fmt: skip
+)
 def test_slices_are_cut_where_k2_cuts(tok, text):
     encode = tiktoken_itself(tok.ranks).encode_ordinary
     assert tok.encode(text) == [i for piece in k2_slices(text) for i in encode(piece)]
@@ -483,7 +483,7 @@ EXAMPLE = [
         call("get_weather", '{"city": "Beijing"}', "functions.get_weather:0")]},
     {"role": "tool", "name": "get_weather", "tool_call_id": "functions.get_weather:0",
      "content": '{"weather": "Sunny"}'},
-]  # fmt: skip
+]
 EXAMPLE_STRING = (
     '<|im_system|>tool_declare<|im_middle|>[{"type":"function","function":{"name":"get_weather",'
     '"description":"Wetter, 天气 & \\"more\\" <here>","parameters":{"type":"object","properties":'
@@ -561,7 +561,7 @@ def test_no_tools_no_declaration(tok, tools):
         ({"role": "tool", "tool_call_id": "functions.f:0", "name": "f", "content": "42"},
          "<|im_system|>f<|im_middle|>## Return of functions.f:0\n42<|im_end|>"),
     ],
-)  # fmt: skip
+)
 def test_one_message(tok, message, string):
     ids, _ = tok.render([SYSTEM, message])
     start = len(tok.render([SYSTEM])[0])
@@ -571,7 +571,7 @@ def test_one_message(tok, message, string):
 
 def test_several_calls_share_one_section(tok):
     message = {"role": "assistant", "content": "Both.", "tool_calls": [
-        call("f", '{"a": 1}', "functions.f:0"), call("g", "{}", "functions.g:1")]}  # fmt: skip
+        call("f", '{"a": 1}', "functions.f:0"), call("g", "{}", "functions.g:1")]}
     expected = (
         "<|im_assistant|>assistant<|im_middle|>Both.<|tool_calls_section_begin|>"
         '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>'
@@ -754,7 +754,7 @@ DIALOGS = {
         {"role": "tool", "tool_call_id": "functions.g:1", "content": [{"text": "2"}]},
         {"role": "assistant", "content": "Fertig."},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

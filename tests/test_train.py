@@ -48,7 +48,7 @@ def run_with_kills(out, seconds, moments, seed):
     rng = random.Random(seed)
     for _ in range(moments):
         process = subprocess.Popen(command(*NANO, "--out", out), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)  # fmt: skip
+                                   stderr=subprocess.DEVNULL)
         try:
             process.wait(timeout=rng.uniform(0.2, 1.0) * seconds)
         except subprocess.TimeoutExpired:
@@ -118,8 +118,10 @@ def test_full_disk_keeps_the_last_good_checkpoint(finished, tmp_path):
     process.kill()
     process.wait()
     good = sorted((out / "ckpt").glob("*.safetensors"))
-    limited = subprocess.run(command("--resume", "--out", out), capture_output=True, text=True,
-                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000,) * 2))  # fmt: skip
+    limited = subprocess.run(
+        command("--resume", "--out", out), capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
+    )
     assert limited.returncode != 0 and "could not save" in limited.stderr
     assert len(limited.stderr.strip().splitlines()) == 1 or "Traceback" not in limited.stderr
     assert sorted((out / "ckpt").glob("*.safetensors")) == good
@@ -305,8 +307,9 @@ def test_own_files_train_and_bad_ones_are_reported(tmp_path, capsys):
     """.txt, .md and .jsonl are read; a broken line, a wrong encoding are named, skipped, counted."""
     words = " ".join(str(n) for n in range(3000)).encode()
     run, cfg = own_run(tmp_path, a__txt=words, b__md=b"# Title\n\ntext " * 200, latin__txt=b"caf\xe9 " * 50,
-                       c__jsonl=b'{"text": "fine one"}\n{"text": broken\n\n[1]\n{"no": "text"}\n{"text": "last"}\n',
-                       ignored__png=b"\x00\x01")  # fmt: skip
+                       c__jsonl=b'{"text": "fine one"}\n{"text": broken\n\n[1]\n'
+                                b'{"no": "text"}\n{"text": "last"}\n',
+                       ignored__png=b"\x00\x01")
     out = tmp_path / "run"
     out.mkdir()
     tok = train.prepare_data(run, cfg, out)
@@ -407,7 +410,7 @@ def test_flags_reach_the_run_and_the_model(tmp_path):
             "none",
             "--out",
             str(tmp_path),
-        ]  # fmt: skip
+        ]
     )
     run, cfg = train.configure(run_fields, model_fields)
     assert (run.lr, run.grad_clip, run.recompute) == (1e-3, None, True)
@@ -425,7 +428,7 @@ def test_plan_of_the_full_model(capsys):
 
 
 @pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--optimizer", "adamw"], ["--recompute", "true"],
-                                   ["--micro_batch", "2"], ["--dtype", "bf16"]])  # fmt: skip
+                                   ["--micro_batch", "2"], ["--dtype", "bf16"]])
 def test_switches_train(tmp_path, flags):
     out = tmp_path / "run"
     train.main(["--fast", "--max_documents", "4", "--steps", "6", "--out", str(out), *flags])
