@@ -1081,7 +1081,11 @@ class Experts(nn.Module):
         if dtype := autocast_dtype(x_NC):  # grouped_mm does not know autocast
             x_NC, gate, up, down = x_NC.to(dtype), gate.to(dtype), up.to(dtype), down.to(dtype)
         rows = x_NC.index_select(0, token)  # (N * K, C)
-        h = F.silu(grouped_linear(rows, gate, ends)) * grouped_linear(rows, up, ends)
+        if torch.is_grad_enabled():  # one product in place of two; copying weights pays when training
+            gate, up = grouped_linear(rows, torch.cat((gate, up), dim=1), ends).chunk(2, dim=1)
+        else:
+            gate, up = grouped_linear(rows, gate, ends), grouped_linear(rows, up, ends)
+        h = F.silu(gate) * up
         h = grouped_linear(h * weights_NK.flatten()[visit].unsqueeze(1).to(h.dtype), down, ends)
         out = torch.zeros(N, C, dtype=h.dtype, device=h.device).index_add(0, token, h)
         return out, ends.diff(prepend=ends.new_zeros(1))

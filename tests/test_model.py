@@ -610,11 +610,20 @@ def test_experts_without_tokens_get_zero_gradients_and_nothing_is_nan():
         assert hit.tolist() == [e in (1, 6) for e in range(8)]
 
 
-@torch.no_grad()
-def test_the_loop_for_few_tokens_equals_the_grouped_path():
-    moe, x = moe_and_input(4)
+@pytest.mark.parametrize("T, width", [(1, 32), (3, 32), (3, 4096)], ids=["loop", "all", "loop of 3"])
+def test_the_ways_for_few_tokens_equal_the_grouped_path(T, width):
+    """With gradients on all tokens are grouped; without, these go expert by expert or all at once."""
+    torch.manual_seed(0)
+    cfg = KimiConfig.preset("nano", moe_intermediate_size=width)
+    moe, x = MoE(cfg), torch.randn(T, cfg.hidden_size)
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.1)
     chosen, weights, _ = moe.gate(x)
-    assert off(moe.experts.few(x, chosen, weights), moe.experts(x, chosen, weights)[0]) <= 1e-6
+    grouped, load = moe.experts(x, chosen, weights)
+    with torch.no_grad():
+        few, none = moe.experts(x, chosen, weights)
+    assert load.sum() == T * cfg.num_experts_per_tok and none is None
+    assert off(few, grouped) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernel knows no float64
