@@ -615,7 +615,7 @@ def test_the_ways_for_few_tokens_equal_the_grouped_path(T, width):
     """With gradients on all tokens are grouped; without, these go expert by expert or all at once."""
     torch.manual_seed(0)
     cfg = KimiConfig.preset("nano", moe_intermediate_size=width)
-    moe, x = MoE(cfg), torch.randn(T, cfg.hidden_size)
+    moe, x = kimi_k2.MoE(cfg), torch.randn(T, cfg.hidden_size)
     for p in moe.parameters():
         torch.nn.init.normal_(p, 0.0, 0.1)
     chosen, weights, _ = moe.gate(x)
