@@ -50,8 +50,8 @@ from torch.utils.checkpoint import checkpoint
 # ==================================================================================================
 # 1  Config and presets (R 2.3, Table 2)
 # ==================================================================================================
-# The fields are those of Hugging Face's config.json, so a published file loads as it is. The
-# defaults are Kimi K2 itself. The comment beside a field is also its help text on the command line.
+# The fields are those of Hugging Face's config.json, so a published file loads as it is. The defaults
+# are Kimi K2 before YaRN stretched it. The comment beside a field is its help on the command line too.
 
 
 @functools.lru_cache
@@ -228,12 +228,10 @@ class KimiConfig:
 
     def to_json(self):
         """The dictionary of a config.json that `transformers` and inference engines load."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k != "q_lora_rank"}
         return {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",  # "kimi_k2" would leave transformers' experts random
-            **fields,
-            "q_lora_rank": self.q_lora_rank,
+            **dataclasses.asdict(self),
             "num_key_value_heads": self.num_attention_heads,
             "rope_interleave": True,
             "bos_token_id": self.vocab_size - 256,
@@ -894,14 +892,8 @@ def attend(q, k, v, scale, mask=None, record=False):
 def attend_fused(q, k, v, scale, mask=None, record=False):
     """The same by PyTorch's fused kernel, which never holds all of s: for long sequences and GPUs."""
     pad = q.shape[-1] - v.shape[-1] if q.device.type == "cpu" else 0  # the CPU's wants equal widths
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        F.pad(v, (0, pad)) if pad > 0 else v,
-        mask,
-        is_causal=mask is None and q.shape[2] > 1,
-        scale=scale,
-    )
+    wide_v, causal = F.pad(v, (0, pad)) if pad > 0 else v, mask is None and q.shape[2] > 1
+    out = F.scaled_dot_product_attention(q, k, wide_v, mask, is_causal=causal, scale=scale)
     return out[..., : v.shape[-1]], max_logits(q, k, scale) if record else None
 
 
@@ -1264,10 +1256,10 @@ class KimiK2(nn.Module):
         s_max, routing = [], []
         for layer in self.model.layers:
             arguments = (x, rotary, mask, cache, absorb, record)
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and cache is None and torch.is_grad_enabled():
                 x, s, r = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                x, s, r = layer(*arguments)
+            else:  # a compiled block is for training: with a cache every length would compile anew
+                x, s, r = layer(*arguments) if cache is None else layer.forward(*arguments)
             s_max.append(s)
             routing.append(r)
         if cache is not None:

@@ -1062,15 +1062,12 @@ class Checkpoints:
         for number, state in opt.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items()}
         tensors["ever_clipped"] = progress.ever_clipped
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         facts = {**dataclasses.asdict(progress), "ever_clipped": None, "max_logit": str(progress.max_logit)}
         path = self.folder / f"{self.stage}_{progress.step:08d}.safetensors"
         try:
             with atomic(path) as temporary:
-                save_file(
-                    {k: t.contiguous() for k, t in tensors.items()},
-                    temporary,
-                    {"progress": json.dumps(facts)},
-                )
+                save_file(tensors, temporary, {"progress": json.dumps(facts)})
         except (OSError, SafetensorError) as error:
             kept = next(iter(self.paths()), "none")
             raise UserError(f"could not save {path}: {error}; the last good checkpoint is {kept}") from None
@@ -1356,14 +1353,8 @@ def plot_run(out):
         axes.plot(steps, [row["loss"] for row in trained], lw=0.8, label="training loss (nats a token)")
         evaluated = [row for row in rows if row.get("val_bpb")]
         for domain in evaluated[0]["val_bpb"] if evaluated else ():
-            values = [row["val_bpb"][domain] for row in evaluated]
-            axes.plot(
-                [row["step"] for row in evaluated],
-                values,
-                marker="o",
-                ms=3,
-                label=f"{domain} (bits per byte)",
-            )
+            x, y = zip(*((row["step"], row["val_bpb"][domain]) for row in evaluated))
+            axes.plot(x, y, marker="o", ms=3, label=f"{domain} (bits per byte)")
 
     def max_logit(axes):
         axes.plot(steps, [row["s_max"] for row in trained], lw=0.9, label="largest S_max, before the clip")
