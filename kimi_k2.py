@@ -1097,12 +1097,18 @@ class Experts(nn.Module):
         return out
 
 
+@torch.compiler.disable  # torch.compile knows this operator in bf16 only
+def _grouped_mm_eager(x, weight, offs):
+    return F.grouped_mm(x, weight, offs=offs)
+
+
 def grouped_linear(x, weight, ends):
     """x (M, in) holds the rows of expert 0, 1, ... up to ends[e]; weight (E, out, in) -> (M, out)."""
     aligned = all(d * x.element_size() % 16 == 0 for d in weight.shape[1:])
     kernel = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
     if hasattr(F, "grouped_mm") and aligned and kernel:
-        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends.int())
+        call = F.grouped_mm if x.dtype == torch.bfloat16 else _grouped_mm_eager
+        return call(x, weight.transpose(-2, -1), offs=ends.int())
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0))])
 

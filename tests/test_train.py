@@ -436,13 +436,25 @@ def test_switches_train(tmp_path, flags):
     assert len(losses) == 6 and losses[-1] < losses[0] and all(map(math.isfinite, losses))
 
 
-def test_compile_falls_back_with_a_note(tmp_path, capsys, monkeypatch):
-    """Without a compiler --compile on says so and trains eagerly; with one it just trains."""
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    out = tmp_path / "run"
-    train.main(
-        ["--fast", "--max_documents", "4", "--steps", "3", "--out", str(out), "--compile", "on"]
-    )
-    assert len(losses_of(out)) == 3 and os.path.exists(out / "report.md")
-    assert "note: torch.compile failed" in capsys.readouterr().out
+FEW_STEPS = ["--fast", "--max_documents", "4", "--steps", "3", "--compile"]
+
+
+def compiled_run(out, cache, **environment):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **environment}
+    return subprocess.run(command(*FEW_STEPS, "on", "--out", out), check=True, capture_output=True,
+                          text=True, env=environment).stdout
+
+
+def test_compile_falls_back_with_a_note(tmp_path):
+    """Without a compiler --compile on says so and trains eagerly: the same losses to the bit."""
+    said = compiled_run(tmp_path / "on", tmp_path / "cache", CXX="/no/such/compiler")
+    assert "note: torch.compile failed" in said
+    train.main([*FEW_STEPS, "off", "--out", str(tmp_path / "off")])
+    assert losses_of(tmp_path / "on") == losses_of(tmp_path / "off")
+
+
+@pytest.mark.slow
+def test_compiled_training_has_the_same_losses(tmp_path):
+    assert "note" not in compiled_run(tmp_path / "on", tmp_path / "cache")
+    train.main([*FEW_STEPS, "off", "--out", str(tmp_path / "off")])
+    assert losses_of(tmp_path / "on") == pytest.approx(losses_of(tmp_path / "off"), rel=1e-5)
