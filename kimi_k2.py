@@ -254,13 +254,14 @@ def _preset(vocab, hidden, layers, heads, latents, head_dims, experts, widths, c
 K2_YARN = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,
            "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 
-# The toys keep K2's ratios: a dense FFN as wide as the K + 1 experts a token sees, rope = nope / 2.
+# The toys keep K2's ratios: a dense FFN as wide as the K + 1 experts a token sees, rope = nope / 2, and a
+# rope_theta by which three of five rotary pairs turn at least once in the training length (64, 128 tokens).
 #            vocab   hidden  L   H   q / kv latent  nope, rope, v   E, K, shared  expert, dense  context
 PRESETS = {
     "nano":   _preset(512,    64,  2,  2, (32, 16),    (16, 8, 16),   (8, 2, 1),   (32, 96),      64,
-                      rope_theta=1e4),
+                      rope_theta=50.0),
     "tiny":   _preset(2048,  128,  4,  4, (64, 32),    (32, 16, 32),  (16, 2, 1),  (64, 192),    256,
-                      rope_theta=1e4),
+                      rope_theta=150.0),
     "small":  _preset(32768, 768, 12, 12, (384, 128),  (64, 32, 64),  (64, 8, 1),  (256, 2304),  2048),
     "medium": _preset(65536, 2048, 24, 16, (512, 256), (128, 64, 128), (128, 8, 1), (768, 6912),  4096),
     "moonlight": _preset(163840, 2048, 27, 16, (None, 512), (128, 64, 128), (64, 6, 2), (1408, 11264), 8192,
@@ -1243,6 +1244,17 @@ class KimiK2(nn.Module):
         self.rope_w.copy_(w)
         self.max_logits.fill_(-math.inf)
         self.expert_load.zero_()
+
+    def set_context(self, length, rope_scaling):
+        """Mean the model for contexts of `length` tokens, with YaRN's dictionary or None for plain RoPE.
+
+        No weight changes: only the frequencies of RoPE and the softmax scale do (R 2.5).
+        """
+        self.cfg = dataclasses.replace(self.cfg, max_position_embeddings=length, rope_scaling=rope_scaling)
+        w, self.rope_factor = rope_frequencies(self.cfg)
+        self.rope_w.copy_(w)
+        for layer in self.model.layers:
+            layer.self_attn.scale = softmax_scale(self.cfg)
 
     def hidden(self, tokens, cache=None, absorb=None):
         """Ids (B, T) -> normalised hidden states (B, T, C), those that lm_head reads."""

@@ -19,8 +19,11 @@ import train
 from kimi_k2 import KimiConfig, KimiK2, MuonClip, Tokenizer, load_pretrained
 
 ROOT = Path(__file__).parents[1]
-NANO = ["--preset", "nano", "--max_documents", "8", "--threads", "1", "--steps", "60"]
+NANO = ["--preset", "nano", "--max_documents", "8", "--threads", "1", "--steps", "45", "--needles", "2"]
+NANO += ["--anneal_steps", "5", "--long_steps", "5", "--yarn_steps", "5", "--yarn_factor", "16"]
 NANO += ["--eval_every", "30", "--save_every", "7"]
+ONE_PHASE = ["--fast", "--max_documents", "4", "--threads", "1", "--needles", "0"]
+ONE_PHASE += ["--anneal_steps", "0", "--long_steps", "0", "--yarn_steps", "0"]
 
 
 def command(*arguments):
@@ -155,6 +158,7 @@ def test_report_and_files_of_a_run(finished):
         "loss.png",
         "max_logit.png",
         "expert_load.png",
+        "long_context.png",
     }
     first, last = train.read_metrics(out)[0], train.read_metrics(out)[-1]
     assert sum(last["val_bpb"].values()) < 0.7 * sum(first["val_bpb"].values())
@@ -303,6 +307,22 @@ def test_batches_follow_weights_and_depend_on_seed_and_step_alone(finished):
         train.TokenFiles(finished[0] / "data", {"sports": 1.0})
 
 
+@pytest.mark.parametrize("most", [None, 16])
+def test_no_document_is_left_out_unless_it_is_asked_for(most):
+    """Validation is every document whose hash says so, a few hundred kilobytes, not one of each domain."""
+    run, _ = train.configure({"preset": "nano", "max_documents": most}, {})
+    documents, _, _ = train.split_documents(run)
+    counts = {}
+    for doc in documents:
+        counts[doc["domain"], doc["split"]] = counts.get((doc["domain"], doc["split"]), 0) + 1
+    if most:
+        assert max(counts.values()) == 16 and set(counts.values()) == {16, 2}
+    else:
+        size = sum(len(doc["text"]) for doc in documents if doc["split"] == "val")
+        assert counts["math", "train"] + counts["math", "val"] == 4000 and size > 500_000
+        assert counts["web", "val"] > 20 and counts["code", "val"] > 15
+
+
 def test_own_files_train_and_bad_ones_are_reported(tmp_path, capsys):
     """.txt, .md and .jsonl are read; a broken line, a wrong encoding are named, skipped, counted."""
     words = " ".join(str(n) for n in range(3000)).encode()
@@ -327,7 +347,7 @@ def test_own_files_train_and_bad_ones_are_reported(tmp_path, capsys):
 def test_one_file_is_cut_into_train_and_validation(tmp_path):
     lines = "".join(f"line {n}\n" for n in range(1000))
     run, _ = own_run(tmp_path, only__txt=lines.encode())
-    documents, _ = train.split_documents(run)
+    documents, _, _ = train.split_documents(run)
     parts = {doc["split"]: doc["text"] for doc in documents}
     assert parts["train"] + parts["val"] == lines
     assert 0.03 < len(parts["val"]) / len(lines) < 0.07
@@ -370,7 +390,7 @@ def test_empty_or_unreadable_data_is_refused(tmp_path, content):
 
 def test_other_settings_are_refused_and_foreign_folders_too(finished, tmp_path):
     before = weights_of(finished[0])
-    with pytest.raises(SystemExit, match=r"other settings \(steps 60, now 61\)"):
+    with pytest.raises(SystemExit, match=r"other settings \(steps 45, now 61\)"):
         train.main([*NANO, "--out", str(finished[0]), "--steps", "61"])
     with pytest.raises(SystemExit, match=r"other settings \(seed 0, now 5\)"):
         train.main(["--resume", "--out", str(finished[0]), "--seed", "5"])
@@ -431,12 +451,12 @@ def test_plan_of_the_full_model(capsys):
                                    ["--micro_batch", "2"], ["--dtype", "bf16"]])
 def test_switches_train(tmp_path, flags):
     out = tmp_path / "run"
-    train.main(["--fast", "--max_documents", "4", "--steps", "6", "--out", str(out), *flags])
+    train.main([*ONE_PHASE, "--steps", "6", "--out", str(out), *flags])
     losses = losses_of(out)
     assert len(losses) == 6 and losses[-1] < losses[0] and all(map(math.isfinite, losses))
 
 
-FEW_STEPS = ["--fast", "--max_documents", "4", "--steps", "3", "--compile"]
+FEW_STEPS = [*ONE_PHASE, "--steps", "3", "--compile"]
 
 
 def compiled_run(out, cache, **environment):
