@@ -254,12 +254,12 @@ def _preset(vocab, hidden, layers, heads, latents, head_dims, experts, widths, c
 K2_YARN = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,
            "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 
-# The toys keep K2's ratios: a dense FFN as wide as the K + 1 experts a token sees, rope = nope / 2, and a
-# rope_theta by which three of five rotary pairs turn at least once in the training length (64, 128 tokens).
+# The toys keep K2's ratios: a dense FFN as wide as the K + 1 experts a token sees, rope = nope / 2. As in K2,
+# six rotary pairs of ten turn at least once in the 128 tokens that tiny trains on: YaRN leaves them alone.
 #            vocab   hidden  L   H   q / kv latent  nope, rope, v   E, K, shared  expert, dense  context
 PRESETS = {
     "nano":   _preset(512,    64,  2,  2, (32, 16),    (16, 8, 16),   (8, 2, 1),   (32, 96),      64,
-                      rope_theta=50.0),
+                      rope_theta=1e4),
     "tiny":   _preset(2048,  128,  4,  4, (64, 32),    (32, 16, 32),  (16, 2, 1),  (64, 192),    256,
                       rope_theta=150.0),
     "small":  _preset(32768, 768, 12, 12, (384, 128),  (64, 32, 64),  (64, 8, 1),  (256, 2304),  2048),
