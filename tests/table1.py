@@ -78,7 +78,7 @@ def base_model(seed):
     texts = tellings(train.invent_world(1000 + seed, people=200), seed, 4)
     world = train.invent_world(2000 + seed, people=100)  # a third one, for its letters
     tok = Tokenizer.train(texts + tellings(world, seed, 2), 1024)
-    cfg = KimiConfig.preset("tiny", vocab_size=tok.n_vocab)
+    cfg = KimiConfig.preset("tiny", vocab_size=tok.n_vocab, rope_theta=1e4)  # recalls more than tiny's own
     torch.manual_seed(seed)
     model = KimiK2(cfg)
     ids, _ = packed(texts, tok, random.Random(seed), BASE_STEPS * ROWS * SEQ)
