@@ -1254,9 +1254,9 @@ SPEAKERS = re.compile(r"^(?:Ada: |Ben: |Next: |Further: |My papers say: )+")
 
 def pattern_of(template, value=""):
     """A template as a pattern: `who` is its subject, `it` its value, all else stands as it is."""
-    text = re.sub(r"\\\{[nsN]\\\}", lambda _: "(?P<who>[^,;:()]+?)", re.escape(template), count=1)
+    text = re.sub(r"\\\{[ns]\\\}", lambda _: "(?P<who>[^,;:()]+?)", re.escape(template), count=1)
     text = re.sub(r"^([a-z])", lambda letter: f"[{letter[1]}{letter[1].upper()}]", text)
-    return re.compile(text.replace(r"\{it\}", f"(?P<it>{value})").replace("A\\ (", "[Aa]\\ ("))
+    return re.compile(text.replace(r"\{it\}", f"(?P<it>{value})"))
 
 
 def pieces(text):
