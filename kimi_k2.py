@@ -555,8 +555,11 @@ class Tokenizer:
             if calls:
                 put("<|tool_calls_section_begin|>", trained=said)
             for call in calls:
-                function, given = call["function"], call.get("id") or ""
-                name = given if CALL_ID.fullmatch(given) else f"functions.{function['name']}:{n_calls}"
+                try:
+                    function, given = call["function"], call.get("id") or ""
+                    name = given if CALL_ID.fullmatch(given) else f"functions.{function['name']}:{n_calls}"
+                except (KeyError, TypeError, AttributeError):
+                    raise ValueError(f"message {number}: a tool call needs a function with a name") from None
                 new_id[given], n_calls = name, n_calls + 1
                 arguments = function.get("arguments", "{}")
                 if not isinstance(arguments, str):
@@ -895,18 +898,20 @@ def attend_fused(q, k, v, scale, mask=None, record=False):
     pad = q.shape[-1] - v.shape[-1] if q.device.type == "cpu" else 0  # the CPU's wants equal widths
     wide_v, causal = F.pad(v, (0, pad)) if pad > 0 else v, mask is None and q.shape[2] > 1
     out = F.scaled_dot_product_attention(q, k, wide_v, mask, is_causal=causal, scale=scale)
-    return out[..., : v.shape[-1]], max_logits(q, k, scale) if record else None
+    return out[..., : v.shape[-1]], max_logits(q, k, scale, mask) if record else None
 
 
 @torch.no_grad()
-def max_logits(q, k, scale, block=128):
-    """S_max of each head (H,) by itself, from q, k (B, H, T, D).
+def max_logits(q, k, scale, mask=None, block=128):
+    """S_max of each head (H,) by itself, from q, k (B, H, T, D); a mask (B, 1, T, T) as `attend` has it.
 
     Blocks of queries are made and thrown away: memory stays B * H * block * T.
     """
     T, best = q.shape[2], []
     for t in range(0, T, block):
         s = q[:, :, t : t + block] @ k[:, :, : t + block].mT  # (B, H, block, S)
+        if mask is not None:
+            s = s.masked_fill_(~mask[:, :, t : t + block, : t + block], -math.inf)
         s = s.amax(dim=0)  # over the batch first: what is left to mask is small
         future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(t + 1)
         best.append(s.masked_fill_(future, -math.inf).amax(dim=(1, 2)))
@@ -1256,8 +1261,12 @@ class KimiK2(nn.Module):
         for layer in self.model.layers:
             layer.self_attn.scale = softmax_scale(self.cfg)
 
-    def hidden(self, tokens, cache=None, absorb=None):
-        """Ids (B, T) -> normalised hidden states (B, T, C), those that lm_head reads."""
+    def hidden(self, tokens, cache=None, absorb=None, document=None):
+        """Ids (B, T) -> normalised hidden states (B, T, C), those that lm_head reads.
+
+        `document` (B, T) numbers the texts that share a row: none sees another. RoPE knows only distances,
+        so each is read as if it stood alone.
+        """
         try:
             x = self.model.embed_tokens(tokens)
         except IndexError:
@@ -1270,6 +1279,9 @@ class KimiK2(nn.Module):
             position = (position - padding[:, None]).clamp_(min=0)  # (B, T)
         rotary = rope_table(position, self.rope_w, self.rope_factor)
         mask = causal_mask(T, past + T, padding, x.device)
+        if document is not None:
+            same = document[:, :, None] == document[:, None]  # (B, T, T)
+            mask = same.tril().unsqueeze(1)
         record = self.training and torch.is_grad_enabled() and cache is None
         s_max, routing = [], []
         for layer in self.model.layers:
@@ -1308,14 +1320,15 @@ class KimiK2(nn.Module):
         )
         return logits, loss / (targets != -100).sum().clamp(min=1)
 
-    def loss(self, tokens, targets):
+    def loss(self, tokens, targets, document=None):
         """The same mean cross-entropy as `self(tokens, targets)`, with less memory and time: for training."""
-        h = self.hidden(tokens).flatten(0, 1)
+        asked = (targets != -100).flatten()  # no logits where no target is: in a chat most places
+        h = self.hidden(tokens, document=document).flatten(0, 1)[asked]
         dtype = autocast_dtype(h) or h.dtype
-        total = HeadLoss.apply(h.to(dtype), self.lm_head.weight.to(dtype), targets.flatten())
-        return total / (targets != -100).sum().clamp(min=1)
+        total = HeadLoss.apply(h.to(dtype), self.lm_head.weight.to(dtype), targets.flatten()[asked])
+        return total / max(1, len(h))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, tokens, cache, temperature=0.6, top_p=1.0, generator=None):
         """Endless continuation: yields the next token of each row, (B,), and feeds it back."""
         logits = self.lm_head(self.hidden(tokens, cache)[:, -1])
