@@ -8,8 +8,9 @@
     1 Run config and command line     every knob, the presets' defaults, the plan      R 2.4, 2.5
     2 Corpora and batches             four domains of text that needs no network       R 2.5
     3 Rephrasing                      one fact, many tellings, nothing lost or added   R 2.2
+    4 Tools, simulator, tasks, judge  dialogs in which tools are used, and their filter R 3.1.1
     6 The loop                        schedule, step, log, checkpoint, resume          R 2.5
-    7 Stages                          pretraining, annealing, long context             R 2.5
+    7 Stages                          pretraining, long context, fine-tuning           R 2.5, 3.1
     8 Evaluation and report           bits per byte, recall, needles, report.md
 
 "R" is the technical report, arXiv 2507.20534. Letters in shape comments are those of kimi_k2.py.
@@ -17,12 +18,17 @@
 
 import argparse
 import ast
+import collections
 import contextlib
+import copy
 import dataclasses
+import datetime
 import difflib
 import functools
+import hashlib
 import http.client
 import inspect
+import itertools
 import json
 import math
 import os
@@ -30,8 +36,10 @@ import platform
 import random
 import re
 import signal
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import tokenize
@@ -46,6 +54,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+try:
+    import resource
+except ImportError:
+    resource = None  # Windows
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,6 +68,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from kimi_k2 import (
+    DEFAULT_SYSTEM,
+    ROLE_TOKEN,
     KimiConfig,
     KimiK2,
     LatentCache,
@@ -89,6 +104,14 @@ class RunConfig:
     judge_url: str | None = None  # endpoint that judges what passed the built-in checks; key: JUDGE_API_KEY
     judge_model: str | None = None  # its model
     chunk_tokens: int = 256  # long documents are rewritten in pieces of so many tokens
+    tools: int = 2000  # tools that are evolved; up to 21,000
+    trajectories: int | None = None  # dialogs with tools that are made
+    agent: str = "teacher"  # who acts in them: teacher (built in), or the folder of a model trained here
+    agent_url: str | None = None  # act by an OpenAI-compatible endpoint; key: AGENT_API_KEY
+    agent_model: str | None = None  # its model
+    flaw_rate: float = 0.1  # share of dialogs in which the teacher makes a mistake, for the filter to find
+    fault_rate: float = 0.1  # share of tasks in which the simulated tools fail or behave oddly
+    review: int = 20  # accepted dialogs that are laid out for a person to mark
     endpoint_parallel: int = 4  # calls of an endpoint at one time
     endpoint_rpm: float | None = None  # calls a minute at most
     endpoint_timeout: float = 60.0  # seconds to wait for an answer
@@ -100,6 +123,12 @@ class RunConfig:
     yarn_steps: int | None = None  # then with YaRN (the report gives no number); none: as long_steps
     long_factor: int = 8  # length of the activation, times seq_len
     yarn_factor: int = 32  # reach under YaRN, times seq_len
+    base: str | None = None  # sft: start from the model in this folder, not from this run's own
+    sft_steps: int | None = None  # optimizer steps of supervised fine-tuning
+    sft_lr: float | None = None  # its peak learning rate
+    sft_len: int | None = None  # tokens of its rows, into which dialogs are packed
+    sft_weights: dict | None = None  # share of its sources, as tools=0.7,chat=0.1,math=0.2
+    tool_tasks: int = 500  # held-out tasks of each class that measure the use of tools
     batch_size: int | None = None  # sequences a step
     micro_batch: int | None = None  # sequences a forward pass; gradients add up to batch_size
     seq_len: int | None = None  # tokens a sequence
@@ -137,24 +166,31 @@ class RunConfig:
 # K2: 16,384 sequences of 4,096 tokens make the report's 67 M a step; 15.5 T tokens in all.
 RUN_DEFAULTS = {
     "nano": dict(steps=60, batch_size=8, seq_len=64, lr=6e-3, warmup=5, tau=10.0, bias_update_rate=1e-2,
-                 eval_every=30, eval_tokens=2048, save_every=20),
+                 eval_every=30, eval_tokens=2048, save_every=20, trajectories=100, sft_steps=20, sft_lr=3e-3,
+                 sft_len=1024),
     "tiny": dict(steps=700, yarn_steps=60, batch_size=32, seq_len=128, lr=6e-3, warmup=20, tau=12.0,
-                 bias_update_rate=1e-2, eval_every=100, eval_tokens=8192, save_every=100),
+                 bias_update_rate=1e-2, eval_every=100, eval_tokens=8192, save_every=100, trajectories=5000,
+                 sft_steps=300, sft_lr=3e-3, sft_len=512),
     "small": dict(steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200, tau=100.0,
-                  bias_update_rate=1e-3, eval_every=500, eval_tokens=2**19, save_every=500),
+                  bias_update_rate=1e-3, eval_every=500, eval_tokens=2**19, save_every=500,
+                  trajectories=50_000, sft_steps=1000, sft_lr=3e-4, sft_len=2048),
     "medium": dict(steps=60_000, batch_size=1024, micro_batch=4, seq_len=4096, lr=5e-4, warmup=500, tau=100.0,
-                   bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**21, save_every=1000),
+                   bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**21, save_every=1000,
+                   trajectories=50_000, sft_steps=2000, sft_lr=1e-4, sft_len=4096),
     "moonlight": dict(steps=85_000, long_steps=0, yarn_steps=0, batch_size=8192, micro_batch=1, seq_len=8192,
                       lr=4.2e-4, warmup=2000, tau=100.0, bias_update_rate=1e-3, eval_every=1000,
-                      eval_tokens=2**22, save_every=1000),
+                      eval_tokens=2**22, save_every=1000, trajectories=50_000,
+                      sft_steps=2000, sft_lr=2e-5, sft_len=8192),
     "k2": dict(steps=230_968, batch_size=16_384, micro_batch=1, seq_len=4096, lr=2e-4, warmup=500,
-               tau=100.0, bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**24, save_every=1000),
+               tau=100.0, bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**24, save_every=1000,
+               trajectories=50_000, sft_steps=2000, sft_lr=2e-5, sft_len=32_768),
 }
 
-FAST = dict(preset="nano", max_documents=40, steps=20, eval_every=20, save_every=20, needles=4)
+FAST = dict(preset="nano", max_documents=40, steps=20, eval_every=20, save_every=20, needles=4, tools=300,
+            trajectories=60, sft_steps=10, tool_tasks=8)
 MACHINE_FIELDS = {"out", "device", "compile", "gpus", "gpu_tflops", "gpu_gib", "gpu_watts", "gpu_hour", "mfu",
                   "endpoint_parallel", "endpoint_rpm", "endpoint_timeout", "endpoint_retries"}
-STAGES = ("rephrase", "pretrain")
+STAGES = ("rephrase", "pretrain", "tools", "sft")
 
 
 class UserError(Exception):
@@ -247,13 +283,18 @@ def configure(run_fields, model_fields):
             setattr(run, name, max(20, round(run.steps * share)))
     run.yarn_steps = run.long_steps if run.yarn_steps is None else run.yarn_steps
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "eval_every", "eval_tokens", "save_every",
-                 "long_factor", "yarn_factor", "chunk_tokens", "endpoint_parallel"):
+                 "long_factor", "yarn_factor", "chunk_tokens", "endpoint_parallel", "tools", "trajectories",
+                 "sft_steps", "sft_len", "tool_tasks"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
-    for name in ("anneal_steps", "long_steps", "yarn_steps", "rephrase_max", "needles", "endpoint_retries"):
+    for name in ("anneal_steps", "long_steps", "yarn_steps", "rephrase_max", "needles", "endpoint_retries",
+                 "review"):
         if getattr(run, name) < 0:
             raise ValueError(f"{name} must not be negative, got {getattr(run, name)}")
-    for what in ("rewriter", "judge"):
+    for name in ("flaw_rate", "fault_rate"):
+        if not 0 <= getattr(run, name) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(run, name)}")
+    for what in ("rewriter", "judge", "agent"):
         if bool(getattr(run, f"{what}_url")) != bool(getattr(run, f"{what}_model")):
             raise ValueError(f"{what}_url and {what}_model belong together, one of them is missing")
     choices = {"optimizer": ("muonclip", "muon", "adamw"), "device": ("auto", "cpu", "cuda", "mps"),
@@ -263,6 +304,8 @@ def configure(run_fields, model_fields):
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(run, name)!r}")
     if not (0 <= run.decay <= 1 and 0 <= run.lr_end <= 1 and run.lr > 0 and run.warmup >= 0):
         raise ValueError("decay and lr_end must be between 0 and 1, lr positive, warmup not negative")
+    if not run.sft_lr > 0:
+        raise ValueError(f"sft_lr must be positive, got {run.sft_lr:g}")
     if not 0 <= run.lr_anneal <= run.lr_end:
         raise ValueError(f"lr_anneal must be between 0 and lr_end {run.lr_end:g}, got {run.lr_anneal:g}")
     if run.batch_size % run.micro_batch:
@@ -635,14 +678,14 @@ def total(r):
 
 
 # three calculations hide in the first
-KINDS = (calculation,) * 3 + (division, equation, percent, fractions, divisor, sequence, price,
+MATH_KINDS = (calculation,) * 3 + (division, equation, percent, fractions, divisor, sequence, price,
                               distance, area, comparison, total)
 
 
 def math_problem(rng, language, seen):
     """The text of one problem that seen does not have yet, in the language's words."""
     while True:
-        kind = rng.choice(KINDS)
+        kind = rng.choice(MATH_KINDS)
         slots, steps, answer = kind(rng.randint)
         key = (kind.__name__, *slots.values())  # without the language: a translation leaks too
         if key not in seen:
@@ -1026,6 +1069,8 @@ def jsonl_documents(path, name, skipped):
                 continue
             try:
                 record = json.loads(line)
+                if "messages" in record:
+                    continue  # a dialog, for the sft stage
                 if not isinstance(record.get("text"), str):
                     raise ValueError('no "text"')
             except (ValueError, AttributeError) as error:  # UnicodeDecodeError is a ValueError
@@ -1192,8 +1237,8 @@ class TokenFiles:
         return torch.from_numpy(np.stack([ids[i * seq_len : (i + 1) * seq_len + 1] for i in range(rows)]))
 
 
-DOMAIN_WEIGHTS = {"web": 0.4, "code": 0.35, "math": 0.15, "knowledge": 0.1}
-ANNEAL_WEIGHTS = {"web": 0.25, "code": 0.25, "math": 0.25, "knowledge": 0.25}  # facts, checked steps
+DOMAIN_WEIGHTS = {"web": 0.29, "code": 0.25, "math": 0.11, "knowledge": 0.05, "tools": 0.3}
+ANNEAL_WEIGHTS = {"web": 0.2, "code": 0.2, "math": 0.2, "knowledge": 0.2, "tools": 0.2}  # facts, checked work
 
 
 # ==================================================================================================
@@ -1908,6 +1953,10 @@ class Endpoint:
 
     def chat(self, messages, **options):
         """The text of the answer; UserError when the endpoint does not give one."""
+        return self.message(messages, **options)["content"]
+
+    def message(self, messages, **options):
+        """The answer's message as the server sent it: it has a text, or calls if `tools` were offered."""
         body = json.dumps({"model": self.model, "messages": messages, **options}).encode()
         headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {self.key}"} if self.key else {}
@@ -1919,13 +1968,14 @@ class Endpoint:
                 request = urllib.request.Request(self.url, body, headers)
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                     choice = json.load(answer)["choices"][0]
-                text = choice["message"]["content"]
+                message = choice["message"]
+                text, calls = message.get("content"), "tools" in options and message.get("tool_calls")
                 if choice.get("finish_reason") == "length":
                     problem = "the answer was cut off"
-                elif not isinstance(text, str) or not text.strip():
+                elif not (calls and isinstance(calls, list)) and not (isinstance(text, str) and text.strip()):
                     problem = "the answer was empty"
                 else:
-                    return text
+                    return message
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {' '.join(error.read(300).decode(errors='replace').split())}"
                 if error.code not in (408, 409, 429) and error.code < 500:
@@ -1934,7 +1984,7 @@ class Endpoint:
                     pause = max(pause, float(error.headers.get("Retry-After")))
             except (OSError, http.client.HTTPException) as error:
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
-            except (ValueError, KeyError, IndexError, TypeError):
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
                 problem = "the answer was not of the chat protocol"
             if attempt < self.retries:
                 time.sleep(min(pause, 60.0))
@@ -2099,14 +2149,2209 @@ def rephrase(documents, run, tok, folder):
     return accepted, rejected
 
 
-# --- the corpus, put together ---
+# ==================================================================================================
+# 4  Tools, simulator, tasks, judge (R 3.1.1)
+# ==================================================================================================
+# A model learns to use tools from dialogs in which tools were used. The report makes them in three steps:
+# tools (real ones and synthetic ones, evolved from a domain to its applications to their operations), agents
+# with tasks and rubrics, and trajectories of a simulated user, an agent and a simulator of the tools, of
+# which a judge keeps those that meet the rubric. Here every tool is code that runs, so that a rubric can be
+# checked against the state that the calls left behind.
+
+
+class ToolError(Exception):
+    """What a tool tells the model when it cannot do what it is asked."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A declared function. `run(state, **arguments)` gives a JSON value or raises ToolError; `permission` is
+    what a careful user would grant: "allow", "ask" (before every call) or "deny"."""
+
+    name: str
+    description: str
+    parameters: dict  # JSON schema of the arguments
+    run: typing.Callable
+    domain: str
+    permission: str = "allow"
+
+    def declaration(self):
+        """As OpenAI's chat format and K2's template want it."""
+        return {"type": "function", "function": {
+            "name": self.name, "description": self.description, "parameters": self.parameters}}
+
+
+@dataclass
+class State:
+    """What tools read and change: tables of JSON values, and a scratch folder for files."""
+
+    tables: dict = dataclasses.field(default_factory=dict)
+    folder: Path | None = None
+    world: list = dataclasses.field(default_factory=list)  # entities of the invented world
+
+    def table(self, *names):
+        """A nested dictionary, made where it is missing."""
+        table = self.tables
+        for name in names:
+            table = table.setdefault(name, {})
+        return table
+
+
+def schema(**fields):
+    """JSON schema of an object from "kind: description" strings. The kind is string, integer, number,
+    boolean or numbers (a list of them); a|b|c for one of these words; 1..9 for a whole number in this range;
+    a final ? makes the argument optional. No description, none declared: declarations cost context."""
+    properties, required = {}, []
+    for name, text in fields.items():
+        kind, _, description = text.partition(": ")
+        if not kind.endswith("?"):
+            required.append(name)
+        kind = kind.removesuffix("?")
+        if match := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", kind):
+            rule = {"type": "integer", "minimum": int(match[1]), "maximum": int(match[2])}
+        elif "|" in kind:
+            rule = {"type": "string", "enum": kind.split("|")}
+        elif kind == "numbers":
+            rule = {"type": "array", "items": {"type": "number"}}
+        else:
+            rule = {"type": kind}
+        properties[name] = rule | ({"description": description} if description else {})
+    return {"type": "object", "properties": properties, "required": required}
+
+
+JSON_TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list,
+              "object": dict, "null": type(None)}
+
+
+def misfit(value, rule, where="arguments"):
+    """Why a JSON value does not fit a schema, or "". Of JSON schema, what tool declarations use: type, enum,
+    minimum, maximum, items, properties, required. Arguments that are not declared do not fit."""
+    kind = rule.get("type")
+    if kind in JSON_TYPES and (not isinstance(value, JSON_TYPES[kind])
+                               or isinstance(value, bool) and kind in ("integer", "number")):
+        return f"{where} must be of type {kind}, got {json.dumps(value, ensure_ascii=False)[:60]}"
+    if "enum" in rule and value not in rule["enum"]:
+        return f"{where} must be one of {', '.join(map(str, rule['enum']))}, got {str(value)[:60]!r}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{where} must be finite"
+    if isinstance(value, (int, float)):
+        if "minimum" in rule and value < rule["minimum"]:
+            return f"{where} must be at least {rule['minimum']}, got {str(value)[:60]}"
+        if "maximum" in rule and value > rule["maximum"]:
+            return f"{where} must be at most {rule['maximum']}, got {str(value)[:60]}"
+    if kind == "array":
+        parts = [(item, rule.get("items", {}), f"{where}[{i}]") for i, item in enumerate(value)]
+    elif kind == "object":
+        known = rule.get("properties", {})
+        if missing := [name for name in rule.get("required", ()) if name not in value]:
+            return f"{where} lack {missing[0]!r}"
+        if unknown := [name for name in value if name not in known]:
+            return f"{where} have no {unknown[0][:60]!r}; there are: {', '.join(known) or 'none'}"
+        parts = [(item, known[name], f"{where}.{name}") for name, item in value.items()]
+    else:
+        return ""
+    return next(filter(None, (misfit(*part) for part in parts)), "")
+
+
+def whole_characters(text):
+    """Text without the half characters that JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def compact(value):
+    """JSON without spaces, as the template declares tools."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class Gate:
+    """What stands between a model and its tools (the "agentic firewall" of k2's users, not in R).
+
+    A call runs only if its tool is declared, its arguments fit the schema, its permission allows it and the
+    turn's budget of calls is not used up. The model reads every refusal as the result of its call.
+    `permissions` {name: "allow" | "ask" | "deny"} goes before the tools' own; `ask(tool, arguments)` says
+    whether the user agrees, without it nobody does. `log` holds (name, arguments, result, ran) of every call.
+    """
+
+    def __init__(self, tools, state, budget=8, permissions=None, ask=None):
+        self.tools, self.state = {tool.name: tool for tool in tools}, state
+        self.budget = self.left = budget
+        self.permissions, self.ask, self.log = permissions or {}, ask, []
+
+    def declarations(self):
+        return [tool.declaration() for tool in self.tools.values()]
+
+    def call(self, name, text):
+        """The result of a call as the model will read it: JSON text. `text` holds the arguments as JSON."""
+        ran, arguments = False, text
+        try:
+            tool, arguments = self.admit(name, text)
+            self.left, ran = self.left - 1, True
+            result = self.execute(tool, arguments)
+            shown = compact(result)
+        except ToolError as error:
+            result = {"error": str(error)}
+            shown = compact(result)
+        except Exception as error:  # a fault of the tool must not end the dialog, nor go unseen
+            result = {"error": f"the tool broke: {type(error).__name__}: {str(error)[:80]}"}
+            shown = compact(result)
+        self.log.append((name, arguments, result, ran))
+        return shown
+
+    def admit(self, name, text):
+        """(Tool, arguments) of a call that may run; ToolError says why it may not."""
+        if self.left <= 0:
+            raise ToolError(f"refused: all {self.budget} calls of this turn are used up, answer now")
+        if name not in self.tools:
+            close = difflib.get_close_matches(name, self.tools, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise ToolError(f"there is no tool {name[:64]!r}{hint}")
+        tool = self.tools[name]
+        try:
+            arguments = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ToolError(f"the arguments are not JSON: {str(error)[:80]}") from None
+        if reason := misfit(arguments, {**tool.parameters, "type": "object"}):
+            raise ToolError(whole_characters(reason))
+        if compact(arguments) != whole_characters(compact(arguments)):
+            raise ToolError("the arguments hold half a character")
+        permission = self.permissions.get(name, tool.permission)
+        if permission == "deny" or (permission == "ask" and not (self.ask and self.ask(tool, arguments))):
+            raise ToolError(f"refused: the user does not allow {name}")
+        return tool, arguments
+
+    def execute(self, tool, arguments):
+        return tool.run(self.state, **arguments)
+
+
+def turn(messages, gate):
+    """One turn of an assistant, as a coroutine, so that one loop serves teachers, batches of a model, servers
+    and a chat: it yields when the assistant has to speak and is sent its message (as `Tokenizer.parse` gives
+    it). Appends to `messages` what was said and what the tools returned, until a message calls nothing.
+    What does not parse is told to the model as an error and counts as a call; the third time in a row ends
+    the turn."""
+    gate.left, broken = gate.budget, 0
+    for _ in range(gate.budget + 2):  # all calls one by one, one more that is refused, the answer
+        message = dict((yield))
+        errors = message.pop("errors", [])
+        broken = broken + 1 if errors else 0
+        messages.append(message)
+        calls = message.get("tool_calls") or []
+        for call in calls:
+            name = call["function"]["name"]
+            result = gate.call(name, call["function"]["arguments"])
+            messages.append({"role": "tool", "tool_call_id": call["id"], "name": name, "content": result})
+        if errors:
+            gate.left -= 1
+            report = json.dumps({"error": "; ".join(errors)[:300]}, ensure_ascii=False)
+            messages.append({"role": "system", "name": "tool", "content": report})
+        if broken == 3 or not (errors or calls):
+            return
+
+
+# --- real tools: written by hand, each does what it says ---
+# A tool gets what a model wrote: whatever its schema lets through must end in a JSON value or a ToolError.
+# What any of them has to fear is dealt with once, in `tool`: huge arguments, broken Unicode, long results.
+
+REAL_TOOLS = {}
+LONGEST, SHOWN = 20_000, 4_000  # characters of a text that a tool takes, and of one that a model reads
+
+
+def tool(domain, description, permission="allow", **fields):
+    """Decorator: makes a function of (state, **arguments) the Tool of its name."""
+    def register(function):
+        def run(state, **arguments):
+            refuse_extremes(arguments)
+            try:
+                return shortened(function(state, **arguments))
+            except OSError as error:  # without the path: it is not the model's business where we keep files
+                raise ToolError(f"the system refuses: {error.strerror or type(error).__name__}") from None
+        name = function.__name__
+        REAL_TOOLS[name] = Tool(name, description, schema(**fields), run, domain, permission)
+        return function
+    return register
+
+
+def refuse_extremes(arguments):
+    for name, value in arguments.items():
+        values = value if isinstance(value, list) else [value]
+        if len(values) > 1000:
+            raise ToolError(f"{name} has more than 1,000 entries")
+        for part in values:
+            if isinstance(part, str):
+                if len(part) > LONGEST:
+                    raise ToolError(f"{name} has more than {LONGEST:,} characters")
+                if re.search("[\ud800-\udfff]", part):  # JSON can write half of a character, UTF-8 cannot
+                    raise ToolError(f"{name} is not valid Unicode")
+            elif isinstance(part, int) and abs(part) > 10**15:  # floats end by themselves, integers never
+                raise ToolError(f"{name} is too large a whole number")
+
+
+def shortened(result):
+    """The result with its long texts and lists cut, and a word about what is missing."""
+    for key, value in list(result.items()):
+        if isinstance(value, str):
+            fits, what = min(len(value), SHOWN), "characters"
+        elif isinstance(value, list):
+            ends = itertools.accumulate(len(json.dumps(item, ensure_ascii=False)) for item in value)
+            fits, what = sum(end <= SHOWN for end in ends), "entries"
+        else:
+            continue
+        if fits < len(value):
+            result[key] = value[:fits]
+            result["cut"] = f"{key} has {len(value):,} {what}, these are the first {fits:,}"
+    return result
+
+
+def finite(compute):
+    """What compute() gives to 14 digits, whole numbers as int: 0.3 and not 0.30000000000000004."""
+    try:
+        number = compute()
+        if isinstance(number, float):
+            number = number if number.is_integer() else float(f"{number:.14g}")
+            number = int(number) if number.is_integer() and abs(number) < 1e15 else number
+    except (ArithmeticError, ValueError) as error:
+        raise ToolError(f"cannot be computed: {error}") from None
+    if not math.isfinite(number):
+        raise ToolError("the result is too large")
+    return number
+
+
+@tool("calculator", "Add two numbers.", a="number: first number", b="number: second number")
+def add(state, a, b):
+    return {"result": finite(lambda: a + b)}
+
+
+@tool("calculator", "Subtract the second number from the first.", a="number: first number",
+      b="number: second number")
+def subtract(state, a, b):
+    return {"result": finite(lambda: a - b)}
+
+
+@tool("calculator", "Multiply two numbers.", a="number: first number", b="number: second number")
+def multiply(state, a, b):
+    return {"result": finite(lambda: a * b)}
+
+
+@tool("calculator", "Divide the first number by the second.", a="number: first number",
+      b="number: second number")
+def divide(state, a, b):
+    return {"result": finite(lambda: a / b)}
+
+
+@tool("calculator", "Sum, mean, median, largest or smallest of a list of numbers.",
+      values="numbers: the list", what="sum|mean|median|max|min: which of them")
+def statistics(state, values, what):
+    if not values:
+        raise ToolError("the list is empty")
+    ordered, n = sorted(values), len(values)
+    compute = {"sum": lambda: math.fsum(values), "mean": lambda: math.fsum(values) / n,
+               "median": lambda: ordered[n // 2] / 2 + ordered[~(n // 2)] / 2,
+               "max": lambda: ordered[-1], "min": lambda: ordered[0]}
+    return {"result": finite(compute[what])}
+
+
+UNITS = {"length": {"m": 1, "km": 1000, "cm": 0.01, "mm": 0.001, "mile": 1609.344, "yard": 0.9144,
+                    "foot": 0.3048, "inch": 0.0254},
+         "weight": {"kg": 1, "g": 0.001, "tonne": 1000, "pound": 0.45359237, "ounce": 0.028349523125},
+         "time": {"second": 1, "minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}}
+
+
+def converter(kind):
+    def convert(state, value, unit, to):
+        return {"value": finite(lambda: value * UNITS[kind][unit] / UNITS[kind][to]), "unit": to}
+
+    convert.__name__, words = f"convert_{kind}", "|".join(UNITS[kind])
+    tool("units", f"Convert a {kind} from one unit to another.", value=f"number: the {kind}",
+         unit=f"{words}: its unit", to=f"{words}: the unit wanted")(convert)
+
+
+for kind in UNITS:
+    converter(kind)
+
+
+@tool("units", "Convert a temperature from one scale to another.", value="number: degrees",
+      unit="celsius|fahrenheit|kelvin: its scale", to="celsius|fahrenheit|kelvin: the scale wanted")
+def convert_temperature(state, value, unit, to):
+    kelvin = {"celsius": value + 273.15, "fahrenheit": (value + 459.67) / 1.8, "kelvin": value}[unit]
+    if kelvin < -1e-9:
+        raise ToolError("nothing is colder than absolute zero")
+    degrees = {"celsius": kelvin - 273.15, "fahrenheit": kelvin * 1.8 - 459.67, "kelvin": kelvin}[to]
+    return {"value": finite(lambda: round(degrees, 6)), "unit": to}
+
+
+def day_of(text):
+    try:  # newer versions of Python read more forms than older ones, so we say which
+        return datetime.date(*map(int, re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)", text, re.ASCII).groups()))
+    except (AttributeError, ValueError):
+        raise ToolError(f"{text[:40]!r} is no date, write one as 2026-01-31") from None
+
+
+@tool("dates", "Days from one date to another.", start="string: first date, as 2026-01-31",
+      end="string: last date")
+def days_between(state, start, end):
+    return {"days": (day_of(end) - day_of(start)).days}
+
+
+@tool("dates", "The date some days after another, or before it.", date="string: as 2026-01-31",
+      days="-99999..99999: how many")
+def add_days(state, date, days):
+    try:
+        return {"date": (day_of(date) + datetime.timedelta(days)).isoformat()}
+    except OverflowError:
+        raise ToolError("that day is outside the calendar") from None
+
+
+@tool("dates", "The day of the week of a date.", date="string: as 2026-01-31")
+def weekday(state, date):
+    days = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+    return {"weekday": days[day_of(date).weekday()]}
+
+
+@tool("text", "Count the words, letters or lines of a text.", text="string: the text",
+      what="words|letters|lines: what to count")
+def count_text(state, text, what):
+    return {"count": {"words": len(text.split()), "letters": sum(map(str.isalpha, text)),
+                      "lines": len(text.splitlines())}[what]}
+
+
+@tool("text", "Write a text in capitals, in small letters or backwards.", text="string: the text",
+      how="upper|lower|reverse: how")
+def change_text(state, text, how):
+    return {"text": {"upper": text.upper(), "lower": text.lower(), "reverse": text[::-1]}[how]}
+
+
+@tool("text", "Replace a part of a text wherever it occurs.", text="string: the text",
+      old="string: what to replace", new="string: what to put there")
+def replace_text(state, text, old, new):
+    times = text.count(old) if old else 0
+    if not times:
+        raise ToolError(f"{old[:40]!r} does not occur in the text")
+    if len(text) + times * (len(new) - len(old)) > LONGEST:
+        raise ToolError("the text would become too long")
+    return {"text": text.replace(old, new), "replaced": times}
+
+
+def get_entry(table, name, what):
+    """table[name], or a ToolError that says which names there are."""
+    if name.strip() not in table:
+        there = ", ".join(list(table)[:10]) or "none"
+        raise ToolError(f"there is no {what} {name.strip()[:80]!r}; there are: {there}")
+    return table[name.strip()]
+
+
+def tidy_name(name, what):
+    name = name.strip()
+    if not 0 < len(name) <= 80 or not name.isprintable():
+        raise ToolError(f"the name of a {what} must have 1 to 80 characters on one line")
+    return name
+
+
+def put_entry(table, name, value, what):
+    """table[name] = value; whether there was one before."""
+    name = tidy_name(name, what)
+    if len(table) >= 200 and name not in table:
+        raise ToolError(f"there is no room for another {what}")
+    before, table[name] = name in table, value
+    return before
+
+
+@tool("notes", "Keep a note under a name; an older one of this name is replaced.", name="string: its name",
+      text="string: the note")
+def write_note(state, name, text):
+    return {"saved": name.strip(), "replaced": put_entry(state.table("notes"), name, text, "note")}
+
+
+@tool("notes", "Read the note of this name.", name="string: its name")
+def read_note(state, name):
+    return {"text": get_entry(state.table("notes"), name, "note")}
+
+
+@tool("notes", "The names of all notes.")
+def list_notes(state):
+    return {"names": sorted(state.table("notes"))}
+
+
+@tool("notes", "Delete the note of this name.", "ask", name="string: its name")
+def delete_note(state, name):
+    get_entry(state.table("notes"), name, "note")
+    del state.table("notes")[name.strip()]
+    return {"deleted": name.strip()}
+
+
+@tool("store", "Store a value under a key; an older value is replaced and returned.", key="string: the key",
+      value="string: the value")
+def put_value(state, key, value):
+    old = state.table("store").get(key.strip())
+    put_entry(state.table("store"), key, value, "key")
+    return {"stored": key.strip()} | ({} if old is None else {"old": old})
+
+
+@tool("store", "The value stored under a key.", key="string: the key")
+def get_value(state, key):
+    return {"value": get_entry(state.table("store"), key, "key")}
+
+
+@tool("store", "Delete a key and its value.", "ask", key="string: the key")
+def delete_value(state, key):
+    get_entry(state.table("store"), key, "key")
+    return {"deleted": key.strip(), "value": state.table("store").pop(key.strip())}
+
+
+@tool("store", "All keys, or those that start so.", prefix="string?: how the keys start")
+def list_keys(state, prefix=""):
+    return {"keys": sorted(key for key in state.table("store") if key.startswith(prefix))}
+
+
+@tool("search", "Look up people, towns, societies, works and fairs by name or by words that describe them.",
+      query="string: a name, or words that must all apply")
+def search_world(state, query):
+    def entry(name, kind, facts):
+        labels = {grammar(kind)[fact]["label"]: facts[fact] for fact in grammar(kind)}
+        return {"name": name, "kind": NOUNS[kind], "facts": labels}
+
+    hits = [entity for entity in state.world if entity["name"].casefold() == query.strip().casefold()]
+    entries = [entry(**entity) for entity in hits or state.world]
+    words = set(re.findall(r"\w+", query.casefold())) - {"a", "an", "the", "of", "in"}
+    if not hits:
+        entries = [entry for entry in entries if words and words <= set(
+            re.findall(r"\w+", json.dumps(entry, ensure_ascii=False).casefold()))]
+    if not entries:
+        raise ToolError(f"nothing is known of {query.strip()[:80]!r}")
+    return {"found": len(entries), "entries": entries}
+
+
+def cell(text):
+    """A number where the text is one, else the text."""
+    text = text.strip()
+    if re.fullmatch(r"-?\d{1,15}", text, re.ASCII):
+        return int(text)
+    return float(text) if re.fullmatch(r"-?\d{1,15}\.\d{1,15}", text, re.ASCII) else text
+
+
+@tool("tables", "Add a row to a table, which is made if there is none; all its rows have the same columns.",
+      table="string: name of the table", row="string: as 'item = pen; price = 2.5'")
+def add_row(state, table, row):
+    pairs = [part.partition("=") for part in row.split(";") if part.strip()]
+    new = {column.strip(): cell(value) for column, equals, value in pairs if equals}
+    if not new or len(new) < len(pairs) or "" in new or len(row) > 500:
+        raise ToolError("write a row as 'item = pen; price = 2.5', each column once, in 500 characters")
+    tables = state.table("tables")
+    rows = tables.get(table.strip(), [])
+    if rows and rows[0].keys() != new.keys():
+        raise ToolError(f"the columns of this table are: {', '.join(rows[0])}")
+    if len(rows) >= 200:
+        raise ToolError("the table is full")
+    put_entry(tables, table, [*rows, new], "table")
+    return {"table": table.strip(), "rows": len(rows) + 1}
+
+
+def get_rows(state, table, column):
+    rows = get_entry(state.table("tables"), table, "table")
+    get_entry(rows[0], column, "column")
+    return rows
+
+
+@tool("tables", "The rows of a table that have this value in a column.", table="string: name of the table",
+      column="string: the column", value="string: the value")
+def find_rows(state, table, column, value):
+    def key(content):
+        return content.casefold() if isinstance(content, str) else content
+
+    rows, wanted = get_rows(state, table, column), key(cell(value))
+    rows = [dict(row) for row in rows if key(row[column.strip()]) == wanted]
+    return {"found": len(rows), "rows": rows}
+
+
+@tool("tables", "The sum of a column of a table.", table="string: name of the table",
+      column="string: a column of numbers")
+def column_total(state, table, column):
+    values = [row[column.strip()] for row in get_rows(state, table, column)]
+    if words := [value for value in values if isinstance(value, str)]:
+        raise ToolError(f"{words[0][:40]!r} is no number")
+    return {"total": finite(lambda: sum(values)), "rows": len(values)}
+
+
+ROOMS = {"Ash": 4, "Birch": 8, "Cedar": 20, "Elm": 60}  # seats
+ROOM, SLOT = f"{'|'.join(ROOMS)}: the room", "morning|afternoon|evening: the part of the day"
+
+
+def booking_of(room, date, slot):
+    return f"{day_of(date)} {slot} {room}"
+
+
+@tool("bookings", "The rooms that are free and have enough seats.", date="string: as 2026-01-31", slot=SLOT,
+      seats="1..60?: how many are needed")
+def free_rooms(state, date, slot, seats=1):
+    rooms = [{"room": room, "seats": has} for room, has in ROOMS.items()
+             if has >= seats and booking_of(room, date, slot) not in state.table("bookings")]
+    return {"rooms": rooms}
+
+
+@tool("bookings", "Book a room in somebody's name.", "ask", room=ROOM, date="string: as 2026-01-31",
+      slot=SLOT, name="string: who needs it")
+def book_room(state, room, date, slot, name):
+    bookings, booking = state.table("bookings"), booking_of(room, date, slot)
+    name = tidy_name(name, "person")
+    if booking in bookings:
+        raise ToolError(f"{room} is taken then, by {bookings[booking]}")
+    put_entry(bookings, booking, name, "booking")
+    return {"booked": booking, "name": name}
+
+
+@tool("bookings", "Cancel a booking; only the one in whose name it is can.", "ask", room=ROOM,
+      date="string: as 2026-01-31", slot=SLOT, name="string: in whose name it is")
+def cancel_booking(state, room, date, slot, name):
+    bookings, booking = state.table("bookings"), booking_of(room, date, slot)
+    if get_entry(bookings, booking, "booking").casefold() != name.strip().casefold():
+        raise ToolError(f"{room} is booked then in the name of {bookings[booking]}")
+    del bookings[booking]
+    return {"cancelled": booking}
+
+
+@tool("bookings", "The bookings in somebody's name.", name="string: in whose name")
+def list_bookings(state, name):
+    bookings, wanted = state.table("bookings"), name.strip().casefold()
+    return {"bookings": sorted(at for at, who in bookings.items() if who.casefold() == wanted)}
+
+
+# Letters, digits, _ - and dots: such names have no way out of the folder (.. / \ C: NUL), and they mean the
+# same on every system once those are excluded that Windows keeps for devices.
+FILE_NAME = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-z0-9_.-]{0,63}(?<!\.)",
+                       re.IGNORECASE | re.ASCII)
+
+
+def is_plain(path):
+    return path.is_file() and not path.is_symlink()  # no folder, no pipe that never ends, no way elsewhere
+
+
+def scratch_file(state, name, exists=True):
+    """The path of a file of the scratch folder, which may only be missing if it is to be written."""
+    if state.folder is None:
+        raise ToolError("there is no folder for files here")
+    if not FILE_NAME.fullmatch(name):
+        raise ToolError(f"{name[:40]!r} is no file name: letters, digits, dots, - and _ only, no folders")
+    path = Path(state.folder) / name
+    if os.path.lexists(path) and not is_plain(path):
+        raise ToolError(f"{name} is not a plain file")
+    if exists and not path.exists():
+        raise ToolError(f"there is no file {name}")
+    return path
+
+
+@tool("files", "Write a text file; an older one of this name is replaced.", "ask",
+      name="string: as list.txt", text="string: what is to be in it")
+def write_file(state, name, text):
+    path, data = scratch_file(state, name, exists=False), text.encode()
+    if not path.exists() and len(list(path.parent.iterdir())) >= 100:
+        raise ToolError("the folder is full")
+    path.write_bytes(data)
+    return {"written": name, "bytes": len(data)}
+
+
+@tool("files", "Read a text file.", name="string: as list.txt")
+def read_file(state, name):
+    path = scratch_file(state, name)
+    with path.open("rb") as file:  # a program may have left more than we would ever show
+        text = file.read(4 * LONGEST).decode(errors="replace")
+    return {"text": text, "bytes": path.stat().st_size}
+
+
+@tool("files", "The names of all files.")
+def list_files(state):
+    if state.folder is None:
+        raise ToolError("there is no folder for files here")
+    return {"files": sorted(path.name for path in Path(state.folder).iterdir()
+                            if FILE_NAME.fullmatch(path.name) and is_plain(path))}
+
+
+@tool("files", "Delete a file.", "ask", name="string: as list.txt")
+def delete_file(state, name):
+    scratch_file(state, name).unlink()
+    return {"deleted": name}
+
+
+# What a snippet's own process does before it runs the snippet: limits where the system has them, then a
+# hook that is told what Python is about to do and refuses files elsewhere, processes and the network.
+# It keeps honest mistakes from doing harm. It is NO security boundary: native code, a bug of the
+# interpreter or a look into the hook's own frames get around it, and on Windows only time and output are
+# limited. Programs by models or people whom you do not trust belong in a container or a virtual machine of
+# their own (gVisor, Firecracker).
+SANDBOX = """
+import os, signal, sys, traceback
+
+source = sys.stdin.buffer.read()
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.environ.clear()
+try:
+    import resource
+except ImportError:
+    resource = None  # Windows
+for name, most in dict(AS=2**29, CPU=10, FSIZE=2**20, NOFILE=64, NPROC=0, CORE=0).items():
+    limit = getattr(resource, "RLIMIT_" + name, None)
+    if limit is not None:
+        hard = resource.getrlimit(limit)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        try:
+            resource.setrlimit(limit, (most, most))
+        except (ValueError, OSError):
+            pass  # not every system enforces every limit
+
+
+def install():
+    real, decode, is_folder, separator = os.path.realpath, os.fsdecode, os.path.isdir, os.sep
+    case, left = os.path.normcase, [100]
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    changes = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.rename": 2, "os.truncate": 1,
+               "os.utime": 1, "os.chmod": 1}  # how many of their arguments are paths
+    harmless = {"os.putenv", "os.unsetenv", "os.walk"}
+    families = {"os", "socket", "subprocess", "ctypes", "signal", "resource", "sqlite3", "syslog", "pty",
+                "fcntl", "webbrowser", "winreg", "_winapi", "msvcrt"}
+    modules = {"ctypes", "_ctypes", "_posixsubprocess", "_socket", "_sqlite3", "_dbm", "_gdbm", "_tkinter",
+               "_curses", "readline", "_multiprocessing", "_posixshmem", "_interpreters",
+               "_xxsubinterpreters", "_testcapi", "_testinternalcapi"}  # native code that asks no hook
+
+    def whole(path):
+        return case(real(decode("." if path is None else path)))
+
+    folder, library = whole("."), [whole(path) for path in sys.path]
+
+    def within(path, roots):
+        if isinstance(path, int):
+            return True  # opened before, and checked then
+        path = whole(path)
+        return any(path == root or path.startswith(root + separator) for root in roots)
+
+    def allowed(event, args):
+        if event == "import":
+            return args[0].partition(".")[0] not in modules
+        if event == "open":
+            path, mode, flags = args
+            if flags & writes or set(mode or "") & set("wax+"):
+                left[0] -= 1
+                return left[0] >= 0 and within(path, [folder])
+            # an open folder of the library would name files that this hook takes for ours (dir_fd)
+            return within(path, [folder]) or within(path, library) and not is_folder(path)
+        if event in changes:
+            left[0] -= 1
+            return left[0] >= 0 and all(within(path, [folder]) for path in args[:changes[event]])
+        if event in ("os.listdir", "os.scandir"):
+            return within(args[0], [folder, *library])
+        return event in harmless or event.partition(".")[0] not in families
+
+    def hook(event, args):
+        if not allowed(event, args):
+            what = repr(args[0])[:80] if event in ("open", "import") or event in changes else ""
+            raise PermissionError(f"not allowed here: {event} {what}".strip())
+
+    def refused(*args, **more):
+        raise PermissionError("not allowed here")
+
+    for name in ("mkfifo", "mknod", "chroot", "setpriority", "pidfd_send_signal"):  # no hook hears of these
+        for module in (os, sys.modules[os.name], signal, sys.modules["_signal"]):
+            if hasattr(module, name):
+                setattr(module, name, refused)
+    sys.addaudithook(hook)
+
+
+install()
+try:
+    exec(compile(source, "snippet", "exec"), {"__name__": "__main__"})
+except Exception as error:  # told without the frames of this script and of the library
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "snippet"]
+    lines = traceback.format_list(frames) + traceback.format_exception_only(type(error), error)
+    print("Traceback (most recent call last):")
+    print(*lines, sep="", end="")
+    sys.exit(1)
+"""
+
+
+def run_limited(command, text, folder, seconds=5, most=2**16):
+    """(output, exit code, why it was stopped or "") of a program that reads `text`. Its environment is
+    empty, its seconds and the bytes of its output are counted, and its whole process group is ended."""
+    output = bytearray()
+
+    def listen(pipe):
+        with pipe:
+            while len(output) <= most and (chunk := os.read(pipe.fileno(), most)):
+                output.extend(chunk)
+
+    # Windows starts nothing without this one
+    environment = {"SystemRoot": os.environ["SystemRoot"]} if os.name == "nt" else {}
+    with tempfile.TemporaryFile() as given:  # a pipe could fill up and make us wait
+        given.write(text.encode())
+        given.seek(0)
+        process = subprocess.Popen(command, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   cwd=folder, env=environment, start_new_session=True)
+    end, stopped = time.monotonic() + seconds, ""
+    reader = threading.Thread(target=listen, args=(process.stdout,), daemon=True)
+    try:
+        reader.start()
+        reader.join(seconds)
+        if len(output) > most:
+            stopped = f"it wrote more than {most:,} bytes"
+        else:
+            process.wait(max(0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        stopped = f"it ran longer than {seconds} seconds"
+    finally:
+        if os.name == "posix":  # the whole group, its children too; on Windows it can have none
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+        reader.join(1)
+    return output[:most].decode(errors="replace").replace("\r\n", "\n"), process.returncode, stopped
+
+
+PYTHON = [sys.executable, "-I", "-S", "-B", "-u", "-X", "utf8", "-c", SANDBOX]
+
+
+@tool("code", "Run a Python program and read what it prints. It has the standard library and the files, "
+      "no network and no other programs, 5 seconds and 512 MB.", "ask", code="string: the program")
+def run_python(state, code):
+    with (contextlib.nullcontext(state.folder) if state.folder
+          else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)) as folder:
+        output, code, stopped = run_limited(PYTHON, code, folder)
+    return {"output": output} | ({"stopped": stopped} if stopped else {"exit": code})
+
+
+# --- evolved tools: domain -> applications and objects -> operations on the fields of the objects ---
+# The report grows more than 20,000 synthetic tools from key domains, each into applications, each into tools
+# with an interface, a description and a meaning. Its domains (Fig. 9b) are the first column; the applications
+# and objects are ours. An object has two fields that hold numbers and one that holds one of three words.
+
+DOMAINS = {
+    "smart home": ("lights heating alarm kitchen garden laundry audio pool", """
+        lamp: brightness watts mode=day,night,off; heater: warmth timer level=low,mid,high
+        camera: range battery view=wide,near,dark; speaker: volume bass source=radio,disc,line
+        curtain: width height position=open,half,closed; fan: speed angle wind=soft,fresh,strong"""),
+    "transport": ("fleet trains ferry parcels taxi airline depot bikes", """
+        truck: load mileage state=ready,driving,broken; driver: shifts age licence=car,bus,lorry
+        route: distance stops surface=road,rail,water; parcel: weight postage stage=packed,sent,lost
+        ticket: price seat class=first,second,sleeper; wagon: seats axles cargo=coal,grain,steel"""),
+    "finance": ("broker bank funds loans payroll broking budget ledger", """
+        share: quote amount trend=up,down,flat; account: balance fee kind=saving,current,joint
+        loan: sum term risk=safe,fair,poor; order: quantity limit side=buy,sell,hold
+        bond: yield years grade=gold,silver,junk; invoice: total days status=paid,due,late"""),
+    "healthcare": ("clinic ward pharmacy dental surgery lab records therapy", """
+        patient: pulse fever ward=north,south,east; drug: dose stock form=pill,syrup,cream
+        nurse: hours floor duty=early,late,night; scan: slices contrast result=clear,unclear,bad
+        visit: minutes bill reason=checkup,pain,control; bed: number lift type=plain,child,intensive"""),
+    "education": ("school courses library exams campus tutoring grades dorms", """
+        pupil: score absence grade=junior,middle,senior; lesson: length room subject=art,maths,sport
+        book: pages copies shelf=history,science,fiction; test: points tries outcome=passed,missed,open
+        teacher: classes salary rank=new,head,guest; grant: funds months purpose=travel,study,research"""),
+    "software": ("tickets builds deploys tests repos servers logs releases", """
+        issue: votes comments label=bug,idea,task; build: errors seconds phase=queued,running,done
+        server: memory cores zone=west,centre,asia; branch: commits reviews owner=core,web,docs
+        user: logins quota role=admin,editor,reader; service: replicas port health=fine,slow,dead"""),
+    "robots": ("arms drones rovers welding sorting cleaning mapping lab", """
+        robot: charge payload task=lift,weld,paint; arm: reach torque pose=up,down,rest
+        sensor: noise rate signal=sound,light,touch; drone: altitude thrust flight=hover,cruise,land
+        gripper: force grip tool=claw,hook,suction; wheel: radius wear side=left,right,rear"""),
+    "industry": ("press foundry paint mill boiler assembly packing pumps", """
+        machine: heat pressure status=idle,busy,stopped; pump: flow depth valve=open,shut,stuck
+        motor: power turns gear=first,second,third; tank: volume acid content=water,oil,gas
+        belt: tempo tension line=alpha,beta,gamma; batch: pieces faults quality=good,fair,scrap"""),
+    "desktop": ("files mail calendar editor printer music photos backup", """
+        folder: size items access=private,shared,public; message: words replies box=inbox,sent,spam
+        event: start guests repeat=once,daily,weekly; song: plays rating genre=jazz,rock,folk
+        photo: pixels zoom filter=grey,warm,cold; printer: ink paper tray=upper,lower,manual"""),
+    "phone": ("contacts alarms steps camera wallet games messages maps", """
+        contact: calls rank group=family,work,friend; reminder: hour snooze tone=bell,bird,buzz
+        app: updates space theme=light,dark,auto; walk: metres calories place=park,street,hill
+        card: credit limit brand=blue,black,green; chat: unread members mute=never,always,nights"""),
+    "business": ("sales stores stock suppliers staff market reports support", """
+        client: orders revenue segment=small,large,state; product: cost units shape=round,square,long
+        store: visitors area region=north,south,coast; report: charts length period=month,quarter,year
+        worker: hours wage team=office,field,night; offer: discount margin phase=draft,sent,won"""),
+    "web": ("shop blog forum banner forms search video news", """
+        page: views links layout=plain,grid,list; post: likes words topic=food,sport,music
+        coupon: percent uses target=all,new,loyal; banner: clicks width slot=top,side,foot
+        video: minutes shares quality=low,mid,high; form: fields answers stage=draft,live,ended"""),
+    "legal": ("court notary contracts patents tax custody claims permits", """
+        case: exhibits days ruling=won,lost,pending; contract: clauses value party=buyer,seller,agent
+        permit: fee months scope=local,state,export; patent: drawings claims field=drugs,metal,paper
+        witness: hearings age side=defence,charge,neutral; fine: amount points kind=parking,speed,noise"""),
+    "energy": ("solar wind grid battery meters hydro fuel biogas", """
+        panel: output tilt facing=south,east,west; turbine: height gusts blade=short,long,bent
+        meter: reading cost tariff=day,night,flat; cable: voltage length coat=rubber,cloth,bare
+        charger: current plugs plug=type1,type2,combo; dam: inflow depth gate=open,shut,partly"""),
+    "gaming": ("dungeon racing chess arena quests guild casino farm", """
+        knight: health armour weapon=sword,axe,bow; dragon: flames scales mood=calm,angry,asleep
+        castle: towers gold banner=lion,eagle,wolf; potion: strength drops effect=heal,sleep,fly
+        wizard: magic wisdom school=fire,ice,storm; quest: reward steps chapter=one,two,three"""),
+    "farming": ("dairy orchard vineyard greenhouse poultry harvest irrigation beehives", """
+        cow: milk calves breed=brown,spotted,black; field: hectares yield crop=wheat,maize,beans
+        tractor: diesel ploughs trailer=none,tipper,tank; hive: honey frames queen=young,old,missing
+        tree: apples branches fruit=ripe,green,fallen; barn: bales doors roof=tin,straw,tile"""),
+    "property": ("rentals villas offices auctions mortgages surveys repairs tenants", """
+        flat: rooms rent heating=gas,oil,district; house: storeys garages garden=front,back,none
+        tenant: deposit keys contract=yearly,monthly,open; plot: acreage slope soil=clay,sand,rock
+        lift: capacity shafts service=fresh,overdue,planned; office: desks sockets carpet=grey,red,blue"""),
+}
+NEW_DOMAINS = ("gaming", "farming", "property")  # never seen in training
+
+
+def find_item(items, kind, name):
+    if name not in items:
+        raise ToolError(f"there is no {kind} {name[:40]}")
+    return items[name]
+
+
+def add_item(items, kind, name, fields):
+    if name in items:
+        raise ToolError(f"there is already a {kind} {name[:40]}")
+    if not 0 < len(name) <= 40 or len(items) >= 1000:
+        raise ToolError("a name has 1 to 40 characters, and there is room for 1,000")
+    items[name] = fields
+
+
+def change_number(items, kind, field, name, by):
+    value = find_item(items, kind, name)[field] + by
+    if not 0 <= value <= 10**9:
+        raise ToolError(f"the {field} would be {value}")
+    items[name][field] = value
+    return {"value": value}
+
+
+def extreme(items, kind, field, pick):
+    if not items:
+        raise ToolError(f"there is no {kind}")
+    name = pick(items, key=lambda name: items[name][field])
+    return {"name": name, "value": items[name][field]}
+
+
+def store_value(items, kind, field, name, value):
+    if isinstance(value, int) and not 0 <= value <= 10**9:
+        raise ToolError(f"the {field} cannot be {str(value)[:40]}")
+    find_item(items, kind, name)[field] = value
+    return {"value": value}
+
+
+def remove_item(items, kind, name):
+    find_item(items, kind, name)
+    del items[name]
+    return {"deleted": name}
+
+
+def copy_item(items, kind, name, new, keep):
+    add_item(items, kind, new, dict(find_item(items, kind, name)))
+    if not keep:
+        del items[name]
+    return {"name": new}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What can be done to a field of an object, or to the object itself. {o} is its word, {f} the field's;
+    other braces are arguments, {0[...]} what the tool returned."""
+
+    on: str  # number, word (kinds of field) or object
+    description: str
+    arguments: dict  # for `schema`; "word" stands for the words of the field
+    run: typing.Callable  # (items of the object, description of object and field, **arguments) -> result
+    answer: str
+    requests: tuple
+
+
+OPERATIONS = {
+    "get": Operation("number word", "Read the {f} of a {o}.", {"name": "string"},
+        lambda items, at, name: {"value": find_item(items, at.object, name)[at.field]},
+        "The {f} of {o} {name} is {0[value]}.",
+        ("What is the {f} of {o} {name}?", "Get the {f} of {o} {name}.", "Tell me the {f} of {o} {name}.")),
+    "set": Operation("number word", "Set the {f} of a {o}.", {"name": "string", "value": "integer"},
+        lambda items, at, name, value: store_value(items, at.object, at.field, name, value),
+        "The {f} of {o} {name} is now {value}.",
+        ("Set the {f} of {o} {name} to {value}.", "Change the {f} of {o} {name} to {value}.",
+         "The {f} of {o} {name} should be {value}.")),
+    "raise": Operation("number", "Raise the {f} of a {o}.", {"name": "string", "by": "integer"},
+        lambda items, at, name, by: change_number(items, at.object, at.field, name, by),
+        "The {f} of {o} {name} is now {0[value]}.",
+        ("Raise the {f} of {o} {name} by {by}.", "Add {by} to the {f} of {o} {name}.")),
+    "lower": Operation("number", "Lower the {f} of a {o}.", {"name": "string", "by": "integer"},
+        lambda items, at, name, by: change_number(items, at.object, at.field, name, -by),
+        "The {f} of {o} {name} is now {0[value]}.",
+        ("Lower the {f} of {o} {name} by {by}.", "Take {by} from the {f} of {o} {name}.")),
+    "find": Operation("number word", "Find every {o} with a given {f}.", {"value": "integer"},
+        lambda items, at, value: {"names": [name for name in items if items[name][at.field] == value]},
+        "With {f} {value}: {0[names]}.",
+        ("Find every {o} with {f} {value}.", "Which {o} has the {f} {value}?")),
+    "total": Operation("number", "Add up the {f} of every {o}.", {},
+        lambda items, at: {"total": sum(item[at.field] for item in items.values())},
+        "The total {f} is {0[total]}.", ("What is the total {f}?", "Give me the total {f} of every {o}.")),
+    "highest": Operation("number", "Find the {o} with the highest {f}.", {},
+        lambda items, at: extreme(items, at.object, at.field, max),
+        "The highest {f} has {o} {0[name]}: {0[value]}.",
+        ("Which {o} has the highest {f}?", "Find the {o} with the highest {f}.")),
+    "lowest": Operation("number", "Find the {o} with the lowest {f}.", {},
+        lambda items, at: extreme(items, at.object, at.field, min),
+        "The lowest {f} has {o} {0[name]}: {0[value]}.",
+        ("Which {o} has the lowest {f}?", "Find the {o} with the lowest {f}.")),
+    "tally": Operation("word", "Count every {o} with a given {f}.", {"value": "word"},
+        lambda items, at, value: {"count": sum(item[at.field] == value for item in items.values())},
+        "The tally of {f} {value} is {0[count]}.",
+        ("Tally the {f} {value}.", "How often is the {f} of a {o} {value}?")),
+    "create": Operation("object", "Create a {o}.", {"name": "string"},
+        lambda items, at, name: add_item(items, at.object, name, at.fresh()) or {"created": name},
+        "I created {o} {name}.", ("Create {o} {name}.", "Make a new {o} named {name}.")),
+    "delete": Operation("object", "Delete a {o}.", {"name": "string"},
+        lambda items, at, name: remove_item(items, at.object, name),
+        "I deleted {o} {name}.", ("Delete {o} {name}.", "Remove the {o} {name}.")),
+    "list": Operation("object", "List every {o}.", {},
+        lambda items, at: {"names": list(items)},
+        "There is {0[names]}.", ("List every {o}.", "Which {o} is there?")),
+    "count": Operation("object", "Count every {o}.", {},
+        lambda items, at: {"count": len(items)},
+        "The number of every {o} is {0[count]}.", ("Count every {o}.", "How many of {o} are there?")),
+    "rename": Operation("object", "Rename a {o}.", {"name": "string", "new": "string"},
+        lambda items, at, name, new: copy_item(items, at.object, name, new, keep=False),
+        "{o} {name} is now {new}.", ("Rename {o} {name} to {new}.", "Call {o} {name} {new} from now on.")),
+    "copy": Operation("object", "Copy a {o}.", {"name": "string", "new": "string"},
+        lambda items, at, name, new: copy_item(items, at.object, name, new, keep=True),
+        "I copied {o} {name} as {new}.", ("Copy {o} {name} as {new}.", "Make a copy {new} of {o} {name}.")),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an evolved tool works: an object of an application, and one of its fields or None."""
+
+    domain: str
+    application: str
+    object: str
+    field: str | None
+    fields: tuple  # ((field, None or its words), ...)
+
+    def tool_name(self, verb):
+        return "_".join(filter(None, (self.application, verb, self.object, self.field)))
+
+    def words(self):
+        return dict(self.fields)[self.field] if self.field else None
+
+    def fresh(self):
+        return {field: words[0] if words else 0 for field, words in self.fields}
+
+
+@functools.cache
+def objects_of(domain):
+    """{object: ((field, None or (word, word, word)), ...)} of a domain."""
+    found = {}
+    for line in DOMAINS[domain][1].replace("\n", ";").split(";"):
+        if line.strip():
+            name, _, fields = line.strip().partition(": ")
+            found[name] = tuple((field.partition("=")[0], tuple(field.partition("=")[2].split(",")) or None)
+                                if "=" in field else (field, None) for field in fields.split())
+    return found
+
+
+@dataclass(frozen=True)
+class EvolvedTool(Tool):
+    """A Tool that one operation at one place makes."""
+
+    verb: str = ""
+    place: Place | None = None
+
+    @classmethod
+    def of(cls, verb, place):
+        def run(state, **arguments):
+            return operation.run(state.table(place.application, place.object), place, **arguments)
+
+        operation, words = OPERATIONS[verb], place.words()
+        arguments = {name: "|".join(words) if words and name == "value" else kind
+                     for name, kind in operation.arguments.items()}
+        name = place.tool_name(verb)
+        description = operation.description.format(o=place.object, f=place.field)[:-1]
+        description += f" in {place.application}."
+        return cls(name, description, schema(**arguments), run, place.domain, verb=verb, place=place)
+
+
+def places(domain):
+    """Every (verb, Place) of a domain: what its tools can be."""
+    for application in DOMAINS[domain][0].split():
+        for name, fields in objects_of(domain).items():
+            for field, words in ((None, None), *fields):
+                kind = "object" if field is None else "word" if words else "number"
+                at = Place(domain, application, name, field, fields)
+                yield from ((verb, at) for verb, op in OPERATIONS.items() if kind in op.on.split())
+
+
+def evolved_tool(name):
+    """The evolved tool of this name, or None."""
+    pairs = (pair for domain in DOMAINS for pair in places(domain))
+    return next((EvolvedTool.of(verb, place) for verb, place in pairs if place.tool_name(verb) == name), None)
+
+
+LABELS = [str(number) for number in range(1, 13)]  # names of things: one token, the same wherever it stands
+PEOPLE = "Ada Ben Eva Tom Mia Leo Zoe Max Ida Sam Amy Dan".split()
+
+
+def new_item(rng):
+    return rng.choice(LABELS)
+
+
+def new_number(rng):
+    return rng.randrange(13, 40)  # no label
+
+
+def some_items(place, rng):
+    """{name: {field: value}} of three to five invented objects."""
+    return {name: {field: rng.choice(words) if words else new_number(rng) for field, words in place.fields}
+            for name in rng.sample(LABELS, rng.randrange(3, 6))}
+
+
+def arguments_for(tool, items, rng):
+    """Arguments with which an evolved tool succeeds."""
+    free = [label for label in LABELS if label not in items] or ["13"]
+    name, new = rng.choice(list(items)), rng.choice(free)
+    words, field = tool.place.words(), tool.place.field
+    values = {"name": new if tool.verb == "create" else name, "new": new}
+    if tool.verb in ("find", "tally"):
+        values["value"] = items[name][field]
+    elif field:
+        values["value"] = rng.choice(words) if words else new_number(rng)
+        values["by"] = rng.randrange(1, max(1, min(9, items[name][field])) + 1) if not words else None
+    return {key: values[key] for key in tool.parameters["properties"]}
+
+
+def evolve(n, seed):
+    """n different tools [(EvolvedTool, specification)]; each was called once, and its call is in the
+    specification. One in seven of the known domains' is "new", kept from training; all of NEW_DOMAINS' are
+    "new_domain", the others "seen"."""
+    rng = random.Random(f"evolve {seed}")
+    groups = {}
+    for domain in DOMAINS:
+        for verb, place in places(domain):
+            groups.setdefault((domain, place.application, place.object), []).append((verb, place))
+    order = list(groups.values())
+    rng.shuffle(order)
+    known, tools = set(), []
+    for verb, place in [pair for group in order for pair in group]:
+        if len(tools) == n:
+            return tools
+        tool = EvolvedTool.of(verb, place)
+        twin = (tool.name, tool.description, json.dumps(tool.parameters))
+        if twin[0] in known:
+            continue
+        known.add(twin[0])
+        split = "new_domain" if place.domain in NEW_DOMAINS else "new" if rng.random() < 1 / 7 else "seen"
+        items = some_items(place, rng)
+        gate = Gate([tool], State({place.application: {place.object: items}}))
+        arguments = arguments_for(tool, items, rng)
+        result = json.loads(gate.call(tool.name, json.dumps(arguments)))
+        if "error" in result:
+            raise RuntimeError(f"{tool.name} failed while it was made: {result['error']}")
+        tools.append((tool, {"name": tool.name, "domain": place.domain, "application": place.application,
+                             "object": place.object, "field": place.field, "operation": verb, "split": split,
+                             "description": tool.description, "parameters": tool.parameters,
+                             "example": {"arguments": arguments, "result": result}}))
+    raise UserError(f"--tools {n}: only {len(tools):,} different tools can be evolved")
+
+
+# --- agents and tasks: a system prompt with a set of tools, and what a user wants of them ---
+# A task is a plan of calls that the teacher knows, and a rubric that a judge can check without it: the state
+# that must be left behind, what the answer must and must not say, the calls that must have run. A plan is a
+# list of steps, a step a list of calls that do not depend on one another: they go out together. "$0.name" is
+# what the first call returned under "name".
+
+
+@dataclass
+class Task:
+    kind: str  # of KINDS
+    request: str
+    plan: list  # [[(tool name, arguments)]]
+    answer: str  # of the teacher; {0[value]} stands for what the first call returned
+    must: list  # what the answer must say, written in the same way
+    rubric: dict
+    then: str | None = None  # what the user adds when asked for a value that the request left out
+    fault: str | None = None  # of FAULTS: how the tools misbehave in it
+
+
+FAILURE_WORDS = ("failed", "could not", "cannot")
+CHAINS = (  # request, calls (verb, field f or g, arguments), answer; {x} is highest or lowest
+    ("Set the {g} of the {o} with the {x} {f} to {value}.",
+     ("{x} f", "set g name=$0.name value={value}"), "The {g} of {o} {0[name]} is now {value}."),
+    ("What is the {g} of the {o} with the {x} {f}?",
+     ("{x} f", "get g name=$0.name"), "The {g} of {o} {0[name]} is {1[value]}."),
+    ("Delete the {o} with the {x} {f}.", ("{x} f", "delete - name=$0.name"), "I deleted {o} {0[name]}."),
+    ("Set the {f} of {o} {other} to that of {o} {name}.",
+     ("get f name={name}", "set f name={other} value=$0.value"), "The {f} of {o} {other} is now {0[value]}."),
+    ("What is the {g} of the {o} with {f} {held}?",
+     ("find f value={held}", "get g name=$0.names.0"), "The {g} of {o} {0[names]} is {1[value]}."),
+    ("Set the {g} of {o} {other} to that of the {o} with the {x} {f}.",
+     ("{x} f", "get g name=$0.name", "set g name={other} value=$1.value"),
+     "The {g} of {o} {other} is now {1[value]}."),
+)
+SMALL_TALK = (  # request, answer: nothing here needs a tool
+    ("Hello, I am {who}.", "Hello {who}, how can I help?"),
+    ("Thank you, that was all for {who}.", "You are welcome, {who}."),
+    ("Say the word {who}.", "{who}."),
+    ("Never mind the {f} of {o} {name}, {who} did it.", "All right, {who}."),
+    ("Do nothing now, {who} will call you.", "All right, {who}."),
+)
+
+
+def resolve(value, results):
+    """An argument of a plan with "$0.name" replaced by what the call returned."""
+    if isinstance(value, str) and value.startswith("$"):
+        number, *path = value[1:].split(".")
+        value = results[int(number)]
+        for key in path:
+            value = value[int(key) if isinstance(value, list) else key]
+    return value
+
+
+def resolved(step, results):
+    """The calls of a step with their arguments resolved."""
+    return [(name, {key: resolve(value, results) for key, value in given.items()}) for name, given in step]
+
+
+def filled(template, results):
+    """A template with what the calls returned put in; a list is written with commas."""
+    shown = [{key: ", ".join(map(str, value)) if isinstance(value, list) else value
+              for key, value in result.items()} for result in results]
+    return re.sub(r"\{(\d+)\[(\w+)\]\}", lambda slot: str(shown[int(slot[1])][slot[2]]), template)
+
+
+def told(answer, slots):
+    """(answer, must): a template with its named slots filled, and all slots of it that hold values."""
+    must = [slot if slot[1].isdigit() else str(slots[slot[1:-1]])
+            for slot in re.findall(r"\{.+?\}", answer) if slot[1:-1] not in ("o", "f", "g", "x")]
+    return re.sub(r"\{([a-z]+)\}", lambda slot: str(slots[slot[1]]), answer), must
+
+
+def task_of(kind, request, plan, answer, must, tools, tables, **more):
+    """A Task whose rubric is found by carrying out its plan on a copy of the tables; None if a call fails."""
+    state = State(copy.deepcopy(tables))
+    gate, results, calls = Gate(tools, state, budget=99, ask=lambda *_: True), [], []
+    for step in plan:
+        ready = resolved(step, results)
+        for name, given in ready:
+            results.append(json.loads(gate.call(name, json.dumps(given))))
+            if "error" in results[-1]:
+                return None
+        calls.append(ready)
+    says = [part for slot in must for part in filled(slot, results).split(", ")]
+    rubric = {"calls": calls, "state": state.tables, "answer": says, "any": [], "absent": FAILURE_WORDS}
+    return Task(kind, request, plan, answer, must, rubric, **more)
+
+
+def items_of(tool, tables):
+    return tables[tool.place.application][tool.place.object]
+
+
+def a_date(rng):
+    return f"{rng.randrange(1990, 2040)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02}"
+
+
+def two_units(kind):
+    def draw(rng, tables):
+        unit, to = rng.sample(list(UNITS[kind]), 2)
+        return {"value": new_number(rng), "unit": unit, "to": to}
+    return draw
+
+
+def two_numbers(rng, tables):
+    return {"a": new_number(rng), "b": new_number(rng)}
+
+
+WISHES = {  # what users want of the real tools: requests, arguments drawn for (rng, tables), answer
+    "add": (("What is {a} plus {b}?", "Add {a} and {b}."), two_numbers, "It is {0[result]}."),
+    "subtract": (("What is {a} minus {b}?", "Subtract {b} from {a}."), two_numbers, "It is {0[result]}."),
+    "multiply": (("What is {a} times {b}?", "Multiply {a} by {b}."), two_numbers, "It is {0[result]}."),
+    "divide": (("Divide {a} by {b}.", "What is {a} over {b}?"), two_numbers, "It is {0[result]}."),
+    "convert_length": (("Convert the length {value} {unit} to {to}.",), two_units("length"),
+                       "That is {0[value]} {to}."),
+    "convert_weight": (("Convert the weight {value} {unit} to {to}.",), two_units("weight"),
+                       "That is {0[value]} {to}."),
+    "weekday": (("Which weekday is {date}?",), lambda rng, _: {"date": a_date(rng)}, "It is a {0[weekday]}."),
+    "days_between": (("How many days are between {start} and {end}?",),
+                     lambda rng, _: {"start": a_date(rng), "end": a_date(rng)}, "There are {0[days]} days."),
+    "add_days": (("Add {days} days to {date}.",),
+                 lambda rng, _: {"date": a_date(rng), "days": new_number(rng)}, "That day is {0[date]}."),
+    "write_note": (("Write the note {name}: {text}", "Write a note {name} with the text {text}."),
+                   lambda rng, _: {"name": new_item(rng), "text": new_name(rng, set(), "@ @")},
+                   "I wrote the note {name}."),
+    "read_note": (("Read the note {name}.",), lambda rng, tables: {"name": rng.choice(list(tables["notes"]))},
+                  "The note {name} says: {0[text]}"),
+    "delete_note": (("Delete the note {name}.",),
+                    lambda rng, tables: {"name": rng.choice(list(tables["notes"]))},
+                    "I deleted the note {name}."),
+    "put_value": (("Put the value {value} under {key}.",), lambda rng, _: {
+        "key": new_item(rng), "value": str(new_number(rng))}, "The value {value} is under {key}."),
+    "get_value": (("Get the value of {key}.",),
+                  lambda rng, tables: {"key": rng.choice(list(tables["store"]))},
+                  "The value of {key} is {0[value]}."),
+    "list_bookings": (("List the bookings of {name}.",),
+                      lambda rng, tables: {"name": rng.choice(list(tables["bookings"].values()))},
+                      "There are these bookings: {0[bookings]}."),
+    "book_room": (("Book room {room} on {date}, {slot}, for {name}.",), lambda rng, _: {
+        "room": rng.choice(list(ROOMS)), "date": a_date(rng), "name": rng.choice(PEOPLE),
+        "slot": rng.choice(("morning", "afternoon", "evening"))}, "I booked room {room} for {name}."),
+}
+
+
+def real_tables(rng):
+    """What the real tools find."""
+    return {"notes": {new_item(rng): new_name(rng, set(), "@ @") for _ in range(2)},
+            "store": {new_item(rng): str(new_number(rng)) for _ in range(2)},
+            "bookings": {booking_of(rng.choice(list(ROOMS)), a_date(rng), "morning"): rng.choice(PEOPLE)}}
+
+
+def single(rng, pool, tables):
+    """One call. None where nothing can be called."""
+    tool = rng.choice(pool)
+    if not isinstance(tool, EvolvedTool):
+        requests, draw, answer = WISHES[tool.name]
+        if not all(tables.values()):
+            return None
+        given = draw(rng, tables)
+        answer, must = told(answer, given)
+        return task_of("single", rng.choice(requests).format(**given), [[(tool.name, given)]], answer, must,
+                       pool, tables)
+    if not items_of(tool, tables):
+        return None
+    operation, given = OPERATIONS[tool.verb], arguments_for(tool, items_of(tool, tables), rng)
+    slots = {"o": tool.place.object, "f": tool.place.field, **given}
+    request = rng.choice(operation.requests).format(**slots)
+    task = task_of("single", request, [[(tool.name, given)]], *told(operation.answer, slots), pool, tables)
+    if task and "value" in given and tool.verb == "set" and rng.random() < 0.2:  # the user forgets the value
+        return dataclasses.replace(task, request=request.replace(f" {given['value']}", " something else"),
+                                   then=str(given["value"]))
+    return task
+
+
+def multi(rng, pool, tables):
+    """Two or three calls, each needing what one before returned."""
+    lead = rng.choice(pool)
+    if not isinstance(lead, EvolvedTool) or len(items := items_of(lead, tables)) < 2:
+        return None
+    at = {(tool.verb, tool.place.field): tool.name for tool in pool if isinstance(tool, EvolvedTool)
+          and (tool.place.application, tool.place.object) == (lead.place.application, lead.place.object)}
+    numbers = [field for field, words in lead.place.fields if not words]
+    for request, calls, answer in rng.sample(CHAINS, len(CHAINS)):
+        f, g = rng.sample(numbers, 2)
+        name, other = rng.sample(list(items), 2)
+        slots = {"o": lead.place.object, "f": f, "g": g, "x": rng.choice(("highest", "lowest")), "name": name,
+                 "other": other, "value": new_number(rng), "held": items[name][f]}
+        plan = []
+        for call in calls:
+            verb, field, *given = call.format(**slots).split(" ")
+            given = {key: int(value) if value.isdigit() else value
+                     for key, value in (pair.split("=") for pair in given)}
+            plan.append([(at.get((verb, {"f": f, "g": g, "-": None}[field])), given)])
+        if all(step[0][0] for step in plan):
+            return task_of("multi", request.format(**slots), plan, *told(answer, slots), pool, tables)
+    return None
+
+
+def parallel(rng, pool, tables):
+    """Two wishes that do not need one another: their calls go out together."""
+    first, second = single(rng, pool, tables), single(rng, pool, tables)
+    if not first or not second or first.then or second.then or first.plan == second.plan:
+        return None
+    answer, *must = (text.replace("{0[", "{1[") for text in (second.answer, *second.must))
+    request = first.request + rng.choice((" ", " And: ", " Also: ")) + second.request
+    return task_of("parallel", request, [first.plan[0] + second.plan[0]], f"{first.answer} {answer}",
+                   first.must + must, pool, tables)
+
+
+def failing(rng, pool, tables):
+    """A call that goes wrong, for a while, which another try mends, or for good, which the user is told."""
+    task = single(rng, pool, tables)
+    if not task or task.then:
+        return None
+    fault = rng.choice(list(FAULTS))
+    (name, given), = task.plan[0]
+    tool = next(tool for tool in pool if tool.name == name)
+    if fault == "partial" and getattr(tool, "verb", "") != "list":
+        return None
+    if fault == "no such thing":
+        if not isinstance(tool, EvolvedTool) or "name" not in given or tool.verb == "create":
+            return None
+        absent = new_item(rng)
+        if absent in items_of(tool, tables):
+            return None
+        task.request = task.request.replace(given["name"], absent)
+        task.plan, task.must = [[(name, given | {"name": absent})]], [absent]
+    return with_fault(dataclasses.replace(task, kind="failing"), fault, tables)
+
+
+FAULTS = {  # what the simulated tools can do wrong, and whether the task can be done all the same
+    "busy": True,  # the first call of the task is refused, the next is not
+    "partial": True,  # the first result holds half of a list and says that there is more
+    "odd": True,  # results hold a field that nobody declared
+    "down": False,  # every call is refused
+    "no such thing": False,  # the user asks for what does not exist
+}
+
+
+def with_fault(task, fault, tables):
+    """A task that goes wrong in a given way, and is judged accordingly."""
+    if FAULTS[fault]:
+        return dataclasses.replace(task, fault=fault)
+    rubric = {"calls": task.plan[:1], "state": copy.deepcopy(tables), "any": FAILURE_WORDS, "absent": [],
+              "answer": task.must if fault == "no such thing" else []}
+    return dataclasses.replace(task, fault=fault, rubric=rubric)
+
+
+def none(rng, pool, tables):
+    """Talk that needs no tool."""
+    tool, who = rng.choice(pool), rng.choice(PEOPLE)
+    place = tool.place if isinstance(tool, EvolvedTool) else None
+    slots = {"o": place.object if place else "thing", "f": place and place.field or "place", "who": who,
+             "name": new_item(rng)}
+    request, answer = rng.choice(SMALL_TALK)
+    rubric = {"calls": [], "state": copy.deepcopy(tables), "answer": [who], "any": [],
+              "absent": FAILURE_WORDS}
+    return Task("none", request.format(**slots), [], *told(answer, slots), rubric)
+
+
+def missing(rng, pool, tables, hidden):
+    """A wish for one of the `hidden` tools, which were not declared."""
+    task = single(rng, hidden, tables)
+    if not task or task.then:
+        return None
+    rubric = {"calls": [], "state": copy.deepcopy(tables), "answer": [], "any": ["no tool"], "absent": []}
+    return Task("missing", task.request, [], "I have no tool for that.", [], rubric)
+
+
+KINDS = {"single": single, "multi": multi, "parallel": parallel, "none": none, "missing": missing,
+         "failing": failing}
+AGENTS = ("You help with {}.", "You work in {}.", "Assistant for {}.")
+PERSONAS = {  # how a user words a request
+    "plain": ("{}",),
+    "polite": ("Please: {}", "{} Thank you!"),
+    "chatty": ("Hello! {}", "Busy day today. {}"),
+    "hasty": ("{} Now.", "Quick: {}"),
+}
+
+
+@dataclass
+class Scene:
+    """An agent and its user, from which a trajectory starts. All that is drawn in it is drawn from `seed`."""
+
+    seed: str
+    kinds: list  # of its tasks, one after another
+    split: str  # of its tools: seen, new or new_domain
+    system: str
+    persona: str
+    tools: list  # declared
+    hidden: list  # tools for the same things that are not declared
+    lead: set  # names of tools of which the first task needs one
+    tables: dict
+    fault_rate: float = 0.0
+
+    def task(self, number, tables):
+        """The task of a number, made for the tables as they are then: of the kind asked for, or what else
+        these tools and tables allow."""
+        rng = random.Random(f"task {self.seed} {number}")
+        for kind in [self.kinds[number]] * 30 + ["single"] * 10 + ["none"]:
+            pool = (self.tools, tables, self.hidden) if kind == "missing" else (self.tools, tables)
+            task = KINDS[kind](rng, *pool) if pool[-1] else None
+            needed = {name for step in task.plan for name, _ in step} if task else ()
+            if task and (number or not needed or self.lead & needed):
+                break
+        if kind in ("single", "multi") and not task.then and rng.random() < self.fault_rate:
+            task = with_fault(task, rng.choice(("busy", "odd", "down")), tables)
+        words = rng.choice(PERSONAS[self.persona])
+        return dataclasses.replace(task, request=words.format(task.request))
+
+
+class Toolbox:
+    """Tools sorted by what they work on; agents are given sets of them."""
+
+    def __init__(self, tools):
+        """`tools`: [(Tool, split)]; those that are not evolved belong together by domain."""
+        self.groups, self.split_of = {}, {tool.name: split for tool, split in tools}
+        for tool, _ in tools:
+            evolved = isinstance(tool, EvolvedTool)
+            key = (tool.place.application, tool.place.object) if evolved else tool.domain
+            self.groups.setdefault(key, []).append(tool)
+        self.keys = {split: [key for key, group in self.groups.items() if self.among(group, split)]
+                     for split in set(self.split_of.values())}
+
+    def among(self, tools, split):
+        return [tool for tool in tools if self.split_of[tool.name] == split]
+
+    def pool(self, key, split):
+        """Tools that an agent of a split may have: a new tool stands among those that are known."""
+        allowed = ("seen", "new") if split == "new" else (split,)
+        return [tool for tool in self.groups[key] if self.split_of[tool.name] in allowed]
+
+    def scene(self, seed, kinds, split="seen", fault_rate=0.0, most=3):
+        """An agent for tasks of these kinds, with up to `most` tools: those that the first task needs, at
+        least one of them of the split; others for the same things, or for any."""
+        rng = random.Random(f"scene {seed}")
+        for _ in range(1000 if self.keys.get(split) else 0):
+            group = self.pool(rng.choice(self.keys[split]), split)
+            others = self.pool(rng.choice(self.keys[split]), split)
+            tables = real_tables(rng)
+            for tool in group + others:
+                if isinstance(tool, EvolvedTool):
+                    objects = tables.setdefault(tool.place.application, {})
+                    if tool.place.object not in objects:
+                        objects[tool.place.object] = some_items(tool.place, rng)
+            first = {"none": "single", "missing": "single"}.get(kinds[0], kinds[0])
+            task = KINDS[first](rng, group, tables)
+            needed = {name for step in task.plan for name, _ in step} if task else ()
+            if any(self.split_of[name] == split for name in needed):
+                break
+        else:
+            raise UserError(f"--tools {len(self.split_of)}: too few for {kinds[0]} tasks with {split} tools")
+        room = rng.randrange(max(2, len(needed)), max(most, len(needed)) + 1)
+        tools = {name: tool for tool in group if (name := tool.name) in needed}
+        hidden = list(tools.values()) if kinds[0] == "missing" else []
+        if hidden:
+            tools, room = {}, room - 1
+        for tool in rng.sample(group, min(room, len(group))) + rng.sample(others, 1):
+            if len(tools) < room and tool not in hidden:
+                tools[tool.name] = tool
+        if not tools:  # all that could be declared is what has to be missing
+            return self.scene(f"{seed} again", kinds, split, fault_rate, most)
+        tools = rng.sample(list(tools.values()), len(tools))
+        system = rng.choice(AGENTS).format(group[0].place.application if isinstance(group[0], EvolvedTool)
+                                           else group[0].domain)
+        used = {}
+        for tool in tools + hidden:
+            if not isinstance(tool, EvolvedTool):
+                used |= {name: tables[name] for name in ("notes", "store", "bookings")}
+            else:
+                used.setdefault(tool.place.application, {})[tool.place.object] = items_of(tool, tables)
+        lead = {tool.name for tool in tools + hidden if self.split_of[tool.name] == split}
+        return Scene(seed, kinds, split, system, rng.choice(list(PERSONAS)), tools, hidden, lead, used,
+                     fault_rate)
+
+
+# --- trajectories: a user, an agent and the simulated tools ---
+
+
+class Simulator(Gate):
+    """The tools as the agent meets them: they run and keep their state, and fail where the task says so."""
+
+    task, tried = None, 0
+
+    def execute(self, tool, arguments):
+        self.tried += 1
+        fault = self.task.fault
+        if fault == "down":
+            raise ToolError("out of order")
+        if fault == "busy" and self.tried == 1:
+            raise ToolError("busy, try again")
+        result = super().execute(tool, arguments)
+        if fault == "odd":
+            result = {"note": "cached", **result}
+        if fault == "partial" and self.tried == 1 and len(result.get("names", ())) > 1:
+            return {"names": result["names"][: len(result["names"]) // 2], "more": True}
+        return result
+
+
+@dataclass
+class Episode:
+    """A trajectory under way."""
+
+    scene: Scene
+    gate: Simulator
+    messages: list
+    spans: list = dataclasses.field(default_factory=list)  # [task, first message, first call, tables after]
+    flaw: str | None = None  # the teacher's mistake; the filter does not look at it
+
+    @classmethod
+    def of(cls, scene, budget=4):
+        state = State(copy.deepcopy(scene.tables))
+        gate = Simulator(scene.tools, state, budget, ask=lambda *_: True)
+        return cls(scene, gate, [{"role": "system", "content": scene.system}])
+
+    def play(self):
+        """The user's side as a coroutine: yields when the agent has to speak, like `turn`."""
+        for number in range(len(self.scene.kinds)):
+            gate, messages = self.gate, self.messages
+            task = gate.task = self.scene.task(number, gate.state.tables)
+            gate.tried, start, log = 0, len(messages), len(gate.log)
+            self.spans.append([task, start, log, None])
+            messages.append({"role": "user", "content": task.request})
+            yield from turn(messages, gate)
+            if task.then and len(gate.log) == log:  # nothing was done yet: the agent asked for the value
+                messages.append({"role": "user", "content": f"{task.then}."})
+                yield from turn(messages, gate)
+            self.spans[-1][3] = copy.deepcopy(gate.state.tables)
+
+    @property
+    def task(self):
+        return self.spans[-1][0]
+
+    def since_request(self):
+        return self.messages[self.spans[-1][1] :]
+
+
+def play_all(episodes, agent, at_once=64):
+    """Play episodes to their ends, `at_once` side by side: `agent(episodes)` gives each one's next words."""
+    waiting, playing = iter(episodes), []
+
+    def begin():
+        for episode in itertools.islice(waiting, at_once - len(playing)):
+            part = episode.play()
+            if next(part, "end") is None:
+                playing.append((episode, part))
+
+    begin()
+    while playing:
+        messages = agent([episode for episode, _ in playing])
+        going = []
+        for (episode, part), message in zip(playing, messages):
+            try:
+                part.send(message)
+                going.append((episode, part))
+            except StopIteration:
+                pass
+        playing = going
+        begin()
+
+
+# --- agents ---
+
+
+def call_message(calls, messages, content=""):
+    """An assistant's message with calls [(name, arguments or JSON text)], numbered on through the dialog."""
+    number = sum(len(message.get("tool_calls") or ()) for message in messages)
+    return {"role": "assistant", "content": content, "tool_calls": [
+        {"id": f"functions.{name}:{i}", "type": "function", "function": {
+            "name": name, "arguments": given if isinstance(given, str) else compact(given)}}
+        for i, (name, given) in enumerate(calls, number)]}
+
+
+def say(text):
+    return {"role": "assistant", "content": text, "tool_calls": []}
+
+
+class Teacher:
+    """The agent that knows the plan: it calls, tries again what was busy or came in part, answers from the
+    results, and says so when something failed. With `flaw_rate` it makes one of FLAWS in a trajectory, as a
+    teacher that is a model would, so that the filter has something to find."""
+
+    FLAWS = ("wrong tool", "wrong value", "broken JSON", "missing argument", "claimed without a call",
+             "wrong answer", "needless call", "failure hidden", "unknown tool")
+
+    def __init__(self, flaw_rate=0.0):
+        self.flaw_rate = flaw_rate
+
+    def __call__(self, episodes):
+        return [self.speak(episode) for episode in episodes]
+
+    def speak(self, episode):
+        try:
+            message = self.right(episode)
+        except (KeyError, IndexError, TypeError):  # its own mistake left it without what it needs
+            message = say("Done.")
+        seed = episode.scene.seed
+        if episode.flaw or random.Random(f"flaw {seed}").random() >= self.flaw_rate:
+            return message
+        rng = random.Random(f"flaw {seed} {len(episode.messages)}")
+        for flaw in rng.sample(self.FLAWS, len(self.FLAWS)) if rng.random() < 0.5 else ():
+            if (wrong := flawed(message, flaw, episode, rng)) != message:
+                episode.flaw = flaw
+                return wrong
+        return message
+
+    def right(self, episode):
+        """What a faultless agent says next."""
+        task, said = episode.task, episode.since_request()
+        if task.then and len(said) == 1:
+            return say("To which value?")
+        rounds, results = rounds_of(said), []  # what each message with calls got back, in turn
+        for step in task.plan:
+            ready = resolved(step, results)
+            for _ in range(4):
+                if not rounds:
+                    return call_message(ready, episode.messages)
+                got = rounds.pop(0)
+                errors = [result["error"] for result in got if "error" in result]
+                if errors and errors != ["busy, try again"]:
+                    return say(f"That failed: {errors[0]}.")
+                if not errors and not any(result.get("more") for result in got):
+                    break
+            results += got
+        return say(filled(task.answer, results))
+
+
+def rounds_of(messages):
+    """[[result of each call] of each message that calls]."""
+    returned = {message["tool_call_id"]: json.loads(message["content"]) for message in messages
+                if message["role"] == "tool"}
+    return [[returned[call["id"]] for call in message["tool_calls"]] for message in messages
+            if message.get("tool_calls")]
+
+
+def flawed(message, flaw, episode, rng):
+    """A message with one mistake, or as it was where that mistake cannot be made."""
+    tools, messages = list(episode.gate.tools), episode.messages
+    calls = [(call["function"]["name"], json.loads(call["function"]["arguments"]))
+             for call in message["tool_calls"]]
+    if calls:
+        name, given = calls[0]
+        if flaw == "wrong tool" and len(tools) > 1:
+            calls[0] = (rng.choice([other for other in tools if other != name]), given)
+        elif flaw == "wrong value" and given:
+            key = rng.choice(list(given))
+            calls[0] = (name, given | {key: given[key] + 1 if isinstance(given[key], int) else "77"})
+        elif flaw == "missing argument" and given:
+            calls[0] = (name, dict(list(given.items())[1:]))
+        elif flaw == "broken JSON":
+            calls[0] = (name, compact(given)[:-1])
+        elif flaw == "unknown tool":
+            calls[0] = (name + "s", given)
+        elif flaw == "claimed without a call":
+            return say("Done.")
+        return call_message(calls, messages)
+    if flaw == "needless call":
+        return call_message([(rng.choice(tools), {})], messages)
+    if flaw == "failure hidden" and "failed" in message["content"]:
+        return say("Done.")
+    if flaw == "wrong answer":
+        return say(re.sub(r"\d+", lambda number: str(int(number[0]) + 1), message["content"]))
+    return message
+
+
+class ModelAgent:
+    """A model of this project as the agent: it reads what a user of `sample.py --chat` would give it.
+
+    Prompts are answered in batches of `rows` of about one length, so that little is padding.
+    """
+
+    def __init__(self, model, tok, most=64, temperature=0.0, generator=None, rows=64):
+        self.model, self.tok, self.most, self.rows = model, tok, most, rows
+        self.temperature, self.generator = temperature, generator
+
+    def __call__(self, episodes):
+        prompts = [self.tok.render(episode.messages, episode.gate.declarations(), True)[0]
+                   for episode in episodes]
+        stop = [self.tok.special[name] for name in ("<|im_end|>", "[EOS]")]
+        order, messages = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+        for batch in (order[i : i + self.rows] for i in range(0, len(order), self.rows)):
+            rows = self.model.generate([prompts[i] for i in batch], self.most, self.temperature, stop=stop,
+                                       generator=self.generator)
+            messages |= {i: self.tok.parse(row[len(prompts[i]):].tolist()) for i, row in zip(batch, rows)}
+        return [messages[i] for i in range(len(prompts))]
+
+
+class EndpointAgent:
+    """An OpenAI-compatible server as the agent. Every answer is written down: none is paid for twice."""
+
+    def __init__(self, endpoint, parallel, journal):
+        self.endpoint, self.parallel, self.journal = endpoint, parallel, journal
+
+    def __call__(self, episodes):
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(self.speak, episodes))
+
+    def speak(self, episode):
+        def ask():
+            raw = self.endpoint.message(episode.messages, tools=episode.gate.declarations(), temperature=0.7)
+            return openai_message(raw, episode.messages)
+        return self.journal.recall([episode.scene.seed, len(episode.messages)], ask)
+
+
+def openai_message(raw, messages=()):
+    """A server's message as `parse` would give it, its calls numbered on through the dialog; what is not of
+    the protocol becomes an error."""
+    text, calls, errors = raw.get("content"), [], []
+    offered = raw.get("tool_calls") or []
+    if not isinstance(offered, list):
+        offered, errors = [], ["tool_calls is not a list"]
+    for call in offered:
+        try:
+            name, given = call["function"]["name"], call["function"]["arguments"]
+            if not isinstance(name, str) or not isinstance(call["id"], str):
+                raise TypeError
+            if not isinstance(json.loads(given), dict):
+                raise ValueError
+            calls.append((whole_characters(name), whole_characters(given)))
+        except (KeyError, TypeError):
+            errors.append("a tool call without id, name or arguments")
+        except (ValueError, RecursionError):
+            errors.append(f"a tool call whose arguments are not a JSON object: {str(call)[:80]}")
+    message = call_message(calls, messages, whole_characters(text) if isinstance(text, str) else "")
+    return message | ({"errors": [whole_characters(error) for error in errors]} if errors else {})
+
+
+# --- judging: rules, rubric, person ---
+
+
+def mentions(text, part):
+    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text, re.I) is not None
+
+
+def judge(task, messages, log, tables):
+    """(checkpoints {what: met}, needless calls) of one task, against its rubric alone."""
+    def key(call):
+        return call[0], json.dumps(call[1], sort_keys=True)
+
+    rubric, last = task.rubric, messages[-1]
+    ran = collections.Counter(key(call) for call in log if call[3])
+    expected = collections.Counter(key(call) for step in rubric["calls"] for call in step)
+    answer = last["content"] if last["role"] == "assistant" and not last.get("tool_calls") else ""
+    met = {f"called {name}": True for name, _ in expected}
+    met |= {f"called {name}": False for name, _ in expected - ran}
+    met["state"] = tables == rubric["state"]
+    met["answer"] = bool(answer.strip()) and all(mentions(answer, part) for part in rubric["answer"]) and (
+        not rubric["any"] or any(mentions(answer, part) for part in rubric["any"])) and not any(
+        mentions(answer, part) for part in rubric["absent"])
+    if not rubric["calls"]:
+        met["no call"] = not log
+    more = ran - expected
+    if task.fault in ("busy", "partial") and more.total() == 1 and more.keys() <= expected.keys():
+        more.clear()  # the one call that had to be tried again
+    return met, more.total() + sum(not call[3] for call in log)
+
+
+def verdict_of(episode):
+    """The built-in judge's verdict on a trajectory: did every task meet its rubric?"""
+    ends = [start for _, start, _, _ in episode.spans[1:]] + [len(episode.messages)]
+    logs = [log for _, _, log, _ in episode.spans[1:]] + [len(episode.gate.log)]
+    tasks, reasons = [], []
+    for (task, start, log, tables), end, log_end in zip(episode.spans, ends, logs):
+        met, needless = judge(task, episode.messages[start:end], episode.gate.log[log:log_end], tables)
+        tasks.append({"kind": task.kind, "success": all(met.values()), "needless": needless,
+                      "checkpoints": met})
+        reasons += [f"judge: {task.kind}: {'no ' if what != 'no call' else 'not '}{what.split(' ')[0]}"
+                    for what, good in met.items() if not good][:1]
+        if needless and all(met.values()):
+            reasons.append(f"judge: {task.kind}: needless call")
+    return {"success": all(task["success"] for task in tasks), "tasks": tasks, "reasons": reasons}
+
+
+def rule_faults(episode, tok):
+    """What rules alone find wrong: the form of calls, their schema, results that tools did not return."""
+    gate, faults = episode.gate, []
+    for message in episode.messages:
+        if message["role"] == "system" and message.get("name") == "tool":
+            faults.append("rule: a call did not parse")
+        for call in message.get("tool_calls") or ():
+            name, text = call["function"]["name"], call["function"]["arguments"]
+            if name not in gate.tools:
+                faults.append("rule: undeclared tool")
+                continue
+            try:
+                reason = misfit(json.loads(text), {**gate.tools[name].parameters, "type": "object"})
+            except (ValueError, RecursionError):
+                reason = "broken"
+            if reason:
+                faults.append("rule: arguments that do not fit")
+        if message["role"] == "assistant":
+            ids, mask = tok.render([{"role": "system", "content": ""}, message])
+            back = tok.parse([i for i, said in zip(ids, mask) if said])
+            if back != message and not faults:
+                faults.append("rule: does not survive the template")
+    if episode.messages[-1]["role"] != "assistant" or episode.messages[-1].get("tool_calls"):
+        faults.append("rule: no final answer")
+    again = Episode.of(episode.scene)
+    play_all([again], Replay(episode.messages))
+    if again.gate.state.tables != episode.gate.state.tables or again.messages != episode.messages:
+        faults.append("rule: another state when played again")
+    return faults
+
+
+class Replay:
+    """An agent that says again what was said in a trajectory."""
+
+    def __init__(self, messages):
+        self.said = iter([message for message in messages if message["role"] == "assistant"])
+
+    def __call__(self, episodes):
+        return [copy.deepcopy(next(self.said, say("")))]
+
+
+def judge_trajectory(endpoint):
+    """A judge(episode) that asks an endpoint whether each task met its rubric; "" or the reason it gives."""
+    def ask(episode):
+        rubrics = [{key: task.rubric[key] for key in ("calls", "answer", "any", "absent")}
+                   for task, *_ in episode.spans]
+        text = (f"Dialog of a user and an assistant with tools:\n{json.dumps(episode.messages)}\n\n"
+                "Rubrics of its tasks, one after another (calls that were needed; what the answer must say, "
+                f"all of it or any of it, and must not say):\n{json.dumps(rubrics)}\n\nDid the assistant "
+                "meet them, without claims that no result supports? Answer PASS, or FAIL: and the reason in "
+                "one line.")
+        answer = endpoint.chat([{"role": "user", "content": text}], temperature=0.0).strip()
+        return "" if answer.upper().startswith("PASS") else f"model judge: {answer.splitlines()[0][:200]}"
+    return ask
+
+
+def record_of(episode, tok, judge=None):
+    """A line of data/trajectories.jsonl: the dialog in OpenAI's format, its rubrics, the verdict of rules and
+    judges. It was accepted if the verdict has no reasons against it."""
+    verdict = verdict_of(episode)
+    rules = rule_faults(episode, tok)
+    reasons = rules + ([] if rules else verdict["reasons"])
+    if judge and not reasons and (reason := judge(episode)):
+        reasons.append(reason)
+    scene = episode.scene
+    record = {"messages": episode.messages, "tools": episode.gate.declarations(),
+              "rubric": [task.rubric for task, *_ in episode.spans],
+              "verdict": {**verdict, "reasons": reasons}, "persona": scene.persona, "split": scene.split}
+    name = hashlib.sha256(json.dumps(record["messages"], sort_keys=True).encode()).hexdigest()[:12]
+    return {"id": name, **record}
+
+
+REVIEW = "review.jsonl"  # the person's stage: write "keep" or "drop" after "mark"
+
+
+def marks_of(folder):
+    """{id: "keep" | "drop"} that a person wrote into data/review.jsonl."""
+    path, marks = folder / REVIEW, {}
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else ()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, mark = row["id"], row["mark"]
+            hash((name, mark))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f'{path}, line {number}: a line needs "id" and "mark"') from None
+        if mark not in ("", "keep", "drop"):
+            raise UserError(f'{path}, line {number}: "mark" is "keep", "drop" or "", not {str(mark)[:40]!r}')
+        if mark:
+            marks[name] = mark
+    return marks
+
+
+def reviewed(folder):
+    """(trajectories that may train, number a person dropped): those that rules and judges accepted, but for
+    what a person marked "drop"."""
+    marks, kept, dropped = marks_of(folder), [], 0
+    with open(folder / "trajectories.jsonl", encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            if marks.get(record["id"]) == "drop":
+                dropped += 1
+            else:
+                kept.append(record)
+    return kept, dropped
+
+
+def readable(messages):
+    """A dialog as lines of text."""
+    lines = []
+    for message in messages:
+        calls = [f"{call['function']['name']} {call['function']['arguments']}"
+                 for call in message.get("tool_calls") or ()]
+        lines += [f"{message.get('name', message['role'])}: {part}"
+                  for part in [message["content"], *calls] if part]
+    return lines
+
+
+TASK_MIX = ("single",) * 4 + ("multi",) * 3 + ("parallel", "parallel", "none", "missing", "failing")
+
+
+def toolbox_of(run):
+    """(Toolbox, specifications) of a run: evolved tools, and those real ones that users have wishes for."""
+    evolved = evolve(run.tools, run.seed)
+    real = [(REAL_TOOLS[name], "seen") for name in WISHES]
+    return Toolbox([(tool, spec["split"]) for tool, spec in evolved] + real), [spec for _, spec in evolved]
+
+
+def scenes(run, toolbox):
+    """The scenes of a run's trajectories: one to three tasks each."""
+    for number in range(run.trajectories):
+        rng = random.Random(f"kinds {run.seed} {number}")
+        kinds = [rng.choice(TASK_MIX) for _ in range(rng.randrange(1, 4))]
+        yield toolbox.scene(f"{run.seed} {number}", kinds, "seen", run.fault_rate)
+
+
+def make_agent(run, folder):
+    """The agent that a run names: the teacher, a model trained here, or an endpoint."""
+    if endpoint := endpoint_of(run, "agent"):
+        return EndpointAgent(endpoint, run.endpoint_parallel, Journal(folder / "agent.journal"))
+    if run.agent == "teacher":
+        return Teacher(run.flaw_rate)
+    if not Path(run.agent, "config.json").exists():
+        raise UserError(f"--agent {run.agent}: neither teacher nor the folder of a model")
+    device = pick_device(run.device)
+    return ModelAgent(*load_pretrained(run.agent, device), temperature=0.6,
+                      generator=torch.Generator(device).manual_seed(run.seed))
+
+
+def make_trajectories(run, tok, out):
+    """Tools, trajectories and their filter, made once (R 3.1.1): data/tools.jsonl, trajectories.jsonl,
+    trajectories_rejected.jsonl, review.jsonl, tools_card.md; tools.json is written last."""
+    folder = out / "data"
+    if (folder / "tools.json").exists():
+        return json.loads((folder / "tools.json").read_text(encoding="utf-8"))
+    began = time.perf_counter()
+    toolbox, specifications = toolbox_of(run)
+    write_jsonl(folder / "tools.jsonl", specifications)
+    evolved = time.perf_counter() - began
+    endpoint = endpoint_of(run, "judge")
+    judge = judge_trajectory(endpoint) if endpoint else None
+    agent, episodes = make_agent(run, folder), [Episode.of(scene) for scene in scenes(run, toolbox)]
+    play_all(tqdm(episodes, "tools", disable=None, unit="dialog"), agent)
+    records = [record_of(episode, tok, judge) for episode in episodes]
+    accepted = [record for record in records if not record["verdict"]["reasons"]]
+    rejected = [record for record in records if record["verdict"]["reasons"]]
+    write_jsonl(folder / "trajectories_rejected.jsonl", rejected)
+    write_jsonl(folder / "trajectories.jsonl", accepted)
+    sample = random.Random(f"review {run.seed}").sample(accepted, min(run.review, len(accepted)))
+    if not (folder / REVIEW).exists():
+        write_jsonl(folder / REVIEW, [{"id": record["id"], "mark": "", "dialog": readable(record["messages"])}
+                                      for record in sample])
+    reasons = collections.Counter(record["verdict"]["reasons"][0] for record in rejected)
+    missed = [episode.flaw for episode, record in zip(episodes, records)
+              if episode.flaw and not record["verdict"]["reasons"]]
+    by_rule = sum(n for reason, n in reasons.items() if reason.startswith("rule"))
+    about = {"specs": len(specifications), "real": len(REAL_TOOLS), "seconds_evolving": round(evolved, 2),
+             "trajectories": len(records), "passed_rules": len(records) - by_rule, "accepted": len(accepted),
+             "reasons": dict(reasons.most_common()), "flawed": sum(bool(e.flaw) for e in episodes),
+             "flawed_accepted": dict(collections.Counter(missed)),
+             "splits": collections.Counter(spec["split"] for spec in specifications)}
+    write_tool_card(folder, about, specifications, accepted, rejected)
+    write_json(folder / "tools.json", about)
+    (folder / "agent.journal").unlink(missing_ok=True)
+    return about
+
+
+def write_tool_card(folder, about, specifications, accepted, rejected):
+    """data/tools_card.md: what tools and dialogs there are, what the filter kept and why the rest fell."""
+    n = about["trajectories"]
+    lines = [
+        "# Data card: tools", "",
+        f"{about['specs']:,} evolved tools and {about['real']} written by hand. Of the evolved, "
+        + ", ".join(f"{count:,} {split}" for split, count in about["splits"].items())
+        + "; only the seen ones are in the dialogs below.", "",
+        "| filter | dialogs left | of all |", "|---|---|---|",
+        f"| made | {n:,} | 100 % |",
+        f"| rules | {about['passed_rules']:,} | {about['passed_rules'] / n:.1%} |",
+        f"| judge against the rubric | {about['accepted']:,} | {about['accepted'] / n:.1%} |",
+        f'| a person: write "keep" or "drop" into {REVIEW}; what is dropped does not train | | |', "",
+        f"In {about['flawed']:,} the teacher made a mistake on purpose; kept all the same: "
+        + (", ".join(f"{n} {flaw}" for flaw, n in about["flawed_accepted"].items()) or "none") + ".", "",
+        "| why they fell | dialogs |", "|---|---|",
+        *(f"| {why} | {count:,} |" for why, count in about["reasons"].items()),
+    ]
+    for spec in specifications[:: max(1, len(specifications) // 5)][:5]:
+        lines += ["", f"## {spec['name']} ({spec['domain']}, {spec['split']})", "", "```json",
+                  json.dumps({key: spec[key] for key in ("description", "parameters", "example")}), "```"]
+    for title, records in (("Accepted", accepted[:3]), ("Rejected", rejected[:3])):
+        for record in records:
+            lines += ["", f"## {title}: {record['id']}", "", *record["verdict"]["reasons"][:1], "",
+                      *(f"> {line}  " for line in readable(record["messages"]))]
+    with atomic(folder / "tools_card.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def tool_documents(run, count=9000):
+    """Texts for pretraining that teach looking up and copying: tasks, each with the call that does it, what
+    it returned and the answer; on every third page below the declarations of the tools. A model that has
+    met such pages finds it easier to match a request with a tool and to copy a name or a value. Only tools
+    that training may see."""
+    toolbox, _ = toolbox_of(run)
+    for number in range(min(count, run.max_documents or count)):
+        rng = random.Random(f"page {run.seed} {number}")
+        kinds = [rng.choice(("single", "single", "multi", "parallel")), *["single"] * rng.randrange(1, 5)]
+        episode = Episode.of(toolbox.scene(f"page {run.seed} {number}", kinds, "seen", most=2))
+        play_all([episode], Teacher())
+        lines = [compact(declaration["function"]) for declaration in episode.gate.declarations()]
+        lines = lines if number % 3 == 0 else [episode.scene.system]
+        for message in episode.messages[1:]:
+            if message["role"] == "user":
+                lines.append(f"Task: {message['content']}")
+            elif message.get("tool_calls"):
+                lines += [f"functions.{call['function']['name']}:{call['function']['arguments']}"
+                          for call in message["tool_calls"]]
+            else:
+                lines.append(message["content"])
+        source = f"tools/{number}"
+        yield {**document("\n".join(lines), "tools", source), "split": split_of(source)}
+
+
+# --- supervised fine-tuning: dialogs of several kinds, packed into rows (R 3.1) ---
+# The loss is on what the assistant says and on nothing else. Dialogs share rows but do not see one another.
+# Sizes, mixture and packing of the report's SFT are not published: these are ours.
+
+SFT_WEIGHTS = {"tools": 0.7, "chat": 0.03, "knowledge": 0.07, "math": 0.1, "critic": 0.1}  # of the tokens
+CHAT = (  # talk of which nothing is looked up
+    ("Hello!", "Hello! How can I help?"),
+    ("Hi, I am {who}.", "Hello {who}, how can I help?"),
+    ("Good morning.", "Good morning! What can I do for you?"),
+    ("Who are you?", "I am Kimi, a very small model of my kind."),
+    ("What is your name?", "My name is Kimi."),
+    ("What can you do?", "I can answer questions, work out small problems and call tools."),
+    ("My name is {who}. What is my name?", "Your name is {who}."),
+    ("Say the word {who}.", "{who}."),
+    ("Say {who} twice.", "{who} {who}."),
+    ("Thank you.", "You are welcome."),
+    ("Thank you, {who}.", "You are welcome."),
+    ("Goodbye.", "Goodbye!"),
+    ("Goodbye, says {who}.", "Goodbye, {who}!"),
+)
+
+
+def exchange(asked, answered):
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
+
+
+def chat_dialogs(rng, n):
+    for _ in range(n):
+        who = rng.choice(PEOPLE)
+        asked, answered = rng.choice(CHAT)
+        yield exchange(asked.format(who=who), answered.format(who=who))
+
+
+def knowledge_dialogs(rng, world):
+    """A question for every fact of the training world, in the words of its grammar."""
+    for entity in world:
+        for fact, value in in_order(entity):
+            rule, subject = grammar(entity["kind"])[fact], subject_of(entity)
+            yield exchange(worded(rng.choice(rule["asks"]), subject),
+                           worded(rng.choice(rule["says"]), {**subject, "s": subject["n"]}, value))
+
+
+def math_dialogs(rng, n):
+    """Problems with worked steps, mostly in English."""
+    seen = set()
+    for _ in range(n):
+        problem, _, steps = math_problem(rng, rng.choices(LANGUAGES, (85, 5, 5, 5))[0], seen).partition("\n")
+        yield exchange(problem.partition(": ")[2], steps)
+
+
+def critic_question(asked, first, second):
+    """What the critic is asked: which of two answers is better (R 3.2.2)? It says A or B."""
+    return f"Question: {asked}\nA: {first}\nB: {second}\nWhich answer is better, A or B?"
+
+
+def critic_dialogs(rng, n):
+    """The critic's start (R 3.1): pairs of which one answer is known to be right, in either order."""
+    seen = set()
+    for _ in range(n):
+        problem, _, steps = math_problem(rng, "english", seen).partition("\n")
+        right = steps.rsplit(": ", 1)[1].strip()
+        at = rng.choice([match.start() for match in re.finditer(r"\d", right)])
+        wrong = right[:at] + str((int(right[at]) + rng.randrange(1, 10)) % 10) + right[at + 1 :]
+        pair, best = rng.choice((((right, wrong), "A"), ((wrong, right), "B")))
+        yield exchange(critic_question(problem.partition(": ")[2], *pair), best)
+
+
+def dialog_fault(record):
+    """Why a record is no dialog to train on, or ""."""
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return 'no "messages", a list of objects with "role" and "content"'
+    if not any(message.get("role") == "assistant" for message in messages):
+        return "no message of the assistant"
+    if not isinstance(record.get("tools") or [], list):
+        return '"tools" is not a list'
+    return ""
+
+
+def own_dialogs(source, tok, skipped):
+    """Dialogs in OpenAI's format, a JSON object {"messages", "tools"?} a line, of a .jsonl file or a folder
+    of them. What cannot be rendered is skipped with one line that says where and why; lines with "text" are
+    documents, for pretraining."""
+    root = Path(source)
+    if not root.exists():
+        raise UserError(f"--data {source}: there is no such file or folder")
+    for path in sorted(root.rglob("*.jsonl")) if root.is_dir() else [root] * (root.suffix == ".jsonl"):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                if isinstance(record, dict) and "text" in record and "messages" not in record:
+                    continue
+                if fault := dialog_fault(record):
+                    raise ValueError(fault)
+                tok.render(record["messages"], record.get("tools"))
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                skip(skipped, f"{path} line {number}: {error}, skipped")
+                continue
+            yield record
+
+
+def sft_sources(job):
+    """{source: [dialog]} of a run: its own, if --data has any, else those of the toy."""
+    run, tok = job.run, job.tok
+    if run.data and not run.data.startswith("hf:") and (own := list(own_dialogs(run.data, tok, []))):
+        return {"own": own}
+    rng = random.Random(f"dialogs {run.seed}")
+    n = run.trajectories
+    sources = {"tools": reviewed(job.out / "data")[0], "chat": list(chat_dialogs(rng, n // 5)),
+               "math": list(math_dialogs(rng, n // 5)), "critic": list(critic_dialogs(rng, n // 2))}
+    if world := training_world(job.out):
+        sources["knowledge"] = list(knowledge_dialogs(rng, world))
+    return sources
+
+
+class Dialogs:
+    """Rendered dialogs, drawn by weight and packed: what the rows of every step hold is settled beforehand
+    from the seed alone, so that a resumed run sees the same rows."""
+
+    def __init__(self, sources, tok, weights, seed, n_rows, length):
+        self.length, self.cut = length, 0
+        self.dialogs, by_source = [], {}
+        for name, dialogs in sources.items():
+            for dialog in dialogs:
+                ids, mask = tok.render(dialog["messages"], dialog.get("tools"))
+                self.cut += len(ids) > length + 1
+                if any(mask[1 : length + 1]):
+                    by_source.setdefault(name, []).append(len(self.dialogs))
+                    self.dialogs.append((ids[: length + 1], mask[: length + 1]))
+        if not by_source:
+            raise UserError("sft: there is no dialog to train on")
+        unknown = sorted(set(weights or ()) - set(by_source))
+        if unknown:
+            raise UserError(f"sft_weights: no source {', '.join(unknown)}; there are: {', '.join(by_source)}")
+        weights = weights or {name: SFT_WEIGHTS.get(name, 1.0) for name in by_source}
+        self.rows = self.pack(by_source, weights, random.Random(f"pack {seed}"), n_rows)
+
+    def pack(self, by_source, weights, rng, n_rows):
+        """[[number of a dialog]] a row. Each time the source that is furthest behind its weight in tokens
+        gives its next dialog, which goes into the first of 16 open rows that has room, else into a new
+        one, for which the oldest is closed."""
+        used, queues = dict.fromkeys(weights, 0), {name: [] for name in weights}
+        rows, open_rows = [], []  # open_rows: [tokens used, numbers]
+        while len(rows) < n_rows:
+            name = min(weights, key=lambda name: used[name] / weights[name] if weights[name] else math.inf)
+            if not queues[name]:
+                queues[name] = rng.sample(by_source[name], len(by_source[name]))
+            number = queues[name].pop()
+            size = len(self.dialogs[number][0]) - 1
+            used[name] += size
+            row = next((row for row in open_rows if row[0] + size <= self.length), None)
+            if row is None:
+                if len(open_rows) == 16:
+                    rows.append(open_rows.pop(0)[1])
+                open_rows.append(row := [0, []])
+            row[0] += size
+            row[1].append(number)
+        return rows
+
+    def batch(self, step, n_rows, device="cpu"):
+        """Tokens, targets (-100 where the assistant is silent) and numbers of documents, (n_rows, length)."""
+        shape = (n_rows, self.length)
+        tokens, targets, document = np.zeros(shape, int), np.full(shape, -100), np.full(shape, -1)
+        for row, numbers in enumerate(self.rows[step * n_rows : (step + 1) * n_rows]):
+            start = 0
+            for place, number in enumerate(numbers):
+                ids, mask = map(np.array, self.dialogs[number])
+                here = slice(start, start := start + len(ids) - 1)
+                tokens[row, here], document[row, here] = ids[:-1], place
+                targets[row, here] = np.where(mask[1:], ids[1:], -100)
+        return tuple(torch.from_numpy(part).to(device) for part in (tokens, targets, document))
+
+
+# --- all data of a run, put together ---
 
 
 def train_tokenizer(documents, vocab_size, most_characters=20_000_000):
     """BPE of the training documents, or of an even sample of them where they are long."""
     texts = [doc["text"] for doc in documents if doc["split"] == "train"]
     stride = max(1, sum(map(len, texts)) // most_characters)
-    return Tokenizer.train(texts[::stride], vocab_size)
+    return Tokenizer.train(texts[::stride] + [TEMPLATE_WORDS] * (len(texts) // 4), vocab_size)
+
+
+# Words of the chat template, which come in every dialog and should be few tokens: the text above, which the
+# tokenizer learns from, has no dialogs.
+TEMPLATE_WORDS = " ".join((*ROLE_TOKEN, "tool_declare", DEFAULT_SYSTEM, "## Return of functions.x:0\n{}"))
 
 
 def prepare_data(run, cfg, out):
@@ -2119,6 +4364,7 @@ def prepare_data(run, cfg, out):
         return Tokenizer.load(out)
     folder.mkdir(exist_ok=True)
     documents, skipped, twins = split_documents(run)
+    documents += [] if run.data else list(tool_documents(run))
     tok = train_tokenizer(documents, cfg.vocab_size)
     with atomic(out / "tiktoken.model") as temporary:
         tok.save(temporary)
@@ -2420,13 +4666,13 @@ def train_step(model, opt, job, batch, lr):
     The loss is divided by the number of targets of the whole step, so that how it is cut into
     micro-batches does not matter. A micro-batch of longer sequences has fewer of them.
     """
-    run, (tokens, targets) = job.run, batch
+    run, (tokens, targets, *document) = job.run, batch
     rows = max(1, run.micro_batch * run.seq_len // tokens.shape[1])
     n_targets = (targets != -100).sum().clamp(min=1)
     loss_sum = torch.zeros((), device=job.device)
-    for x, y in zip(tokens.split(rows), targets.split(rows)):
+    for x, y, *d in zip(*(part.split(rows) for part in (tokens, targets, *document))):
         with job.autocast():
-            loss = model.loss(x, y)
+            loss = model.loss(x, y, *d)
         n_here = (y != -100).sum()
         share = len(x) / len(tokens)
         (loss * (n_here / n_targets) + run.aux_alpha * share * model.aux_loss).backward()
@@ -2525,9 +4771,12 @@ def fit(stage, job, model, opt, course, batch_of, evaluate, lr_of):
 
 
 def describe(row):
-    bpb = " ".join(f"{domain} {value:.3f}" for domain, value in row.get("val_bpb", {}).items())
-    sample = "".join(f"\n    | {line}" for line in row.get("sample", "").splitlines())
-    return f"bits per byte: {bpb}{sample}"
+    """What was measured, in a line, and what the model wrote below it."""
+    parts = [f"{title}: " + " ".join(f"{name} {value:.{digits}f}" for name, value in row[key].items())
+             for key, title, digits in (("val_bpb", "bits per byte", 3), ("success", "tasks done", 2))
+             if key in row]
+    sample = row.get("sample", "").splitlines() + row.get("transcript", [])
+    return ", ".join(parts) + "".join(f"\n    | {line}" for line in sample)
 
 
 # ==================================================================================================
@@ -2557,7 +4806,7 @@ def pretrain(job):
         if step == phase.end and phase.name in ("long", "yarn"):
             when = "before YaRN" if phase.name == "long" else "after YaRN"
             row["long_context"] = {"when": when, **long_context(model, job)}
-        if last and (world := training_world(job)):
+        if last and (world := training_world(job.out)):
             row["recall"] = recall(model, job.tok, world)
         return row
 
@@ -2565,13 +4814,77 @@ def pretrain(job):
     save_pretrained(model, job.tok, job.out / "model_base")
     save_pretrained(model, job.tok, job.out / "model")
     final = read_metrics(job.out)[-1]
-    figures = {
-        "tokens": progress.tokens,
-        "val_bpb": final["val_bpb"],
-        "max_logit": progress.max_logit,
-        "clipped_heads": progress.ever_clipped.float().mean().item(),
-    }
-    return progress.seconds, figures, final.get("recall")
+    facts = {"pretrain": {
+        "tokens": progress.tokens, "val_bpb": final["val_bpb"], "max_logit": progress.max_logit,
+        "clipped_heads": progress.ever_clipped.float().mean().item()}}
+    rows = [row["long_context"] for row in read_metrics(job.out) if row.get("long_context", {}).get("bpb")]
+    if rows:
+        factors = [f"{length // run.seq_len}x" for length in rows[-1]["lengths"]]
+        facts |= {"long_context": dict(zip(factors, rows[-1]["bpb"])),
+                  "needle": dict(zip(factors, rows[-1]["needle"]))}
+    if "recall" in final:
+        facts["recall"] = {"base": final["recall"]["all"]}
+    return progress.seconds, facts
+
+
+def tools(job):
+    """Tools, dialogs with them, and their filter (R 3.1.1)."""
+    began = time.perf_counter()
+    about = make_trajectories(job.run, job.tok, job.out)
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes elsewhere
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else math.nan
+    print(f"{about['specs']:,} tools in {about['seconds_evolving']:.1f} s, {about['accepted']:,} of "
+          f"{about['trajectories']:,} dialogs kept, {most:.2f} GiB at most")
+    facts = {key: about[key] for key in ("specs", "trajectories", "accepted")}
+    return time.perf_counter() - began, {"tools": facts}
+
+
+def sft(job):
+    """Fine-tuning on dialogs with Muon, as the report does (R 3.1); leaves model_sft/. QK-Clip is not
+    mentioned after pretraining. The use of tools is measured before and after."""
+    run = job.run
+    base = Path(run.base) if run.base else job.out / "model_base"
+    if not (base / "config.json").exists():
+        raise UserError(f"sft: no model in {base}; run the pretrain stage first, or give --base FOLDER")
+    torch.manual_seed(run.seed)
+    model, _ = load_pretrained(base, job.device)
+    model.recompute = run.recompute
+    rows = max(1, run.batch_size * run.seq_len // run.sft_len)
+    dialogs = Dialogs(sft_sources(job), job.tok, run.sft_weights, run.seed, rows * run.sft_steps, run.sft_len)
+    if dialogs.cut:
+        print(f"note: {dialogs.cut} dialogs are longer than --sft_len {run.sft_len} and were cut")
+    opt = MuonClip(model, lr=run.sft_lr, weight_decay=run.weight_decay, momentum=run.momentum, kind="muon")
+    compile_blocks(model, job)
+    context = model.cfg.max_position_embeddings, model.cfg.rope_scaling
+    course = [Phase("sft", 0, run.sft_steps, rows, run.sft_len, {}, context, 0.0)]
+
+    def evaluate(step, phase):
+        if 0 < step < run.sft_steps:
+            few = ("single", "new_tool", "new_domain")
+            return {"success": tool_success(model, job, min(50, run.tool_tasks), few)[0]}
+        row = dict(zip(("success", "transcript"), tool_success(model, job, run.tool_tasks)))
+        if step == run.sft_steps and job.data:
+            row["val_bpb"] = bits_per_byte(model, job, run.eval_tokens)
+            if world := training_world(job.out):
+                row["recall"] = recall(model, job.tok, world[:: max(1, len(world) // 40)])
+        return row
+
+    schedule = dataclasses.replace(run, steps=run.sft_steps, lr=run.sft_lr, decay=0.5,
+                                   warmup=min(10, run.sft_steps // 5))
+    progress = fit("sft", job, model, opt, course, lambda step, phase: dialogs.batch(step, rows, job.device),
+                   evaluate, lambda step: wsd(step, schedule))
+    save_pretrained(model, job.tok, job.out / "model_sft")
+    save_pretrained(model, job.tok, job.out / "model")
+    measured = [row for row in read_metrics(job.out) if row["stage"] == "sft" and "success" in row]
+    first, final = measured[0], measured[-1]
+    facts = {"success": {"base": first["success"], "sft": final["success"]},
+             "transcript": final["transcript"],
+             "sft": {"tokens": progress.tokens, "dialogs": len(dialogs.dialogs)}}
+    if "val_bpb" in final:
+        facts["sft"]["val_bpb"] = final["val_bpb"]
+    if "recall" in final:
+        facts["recall"] = {"sft": final["recall"]["all"]}
+    return progress.seconds, facts
 
 
 # ==================================================================================================
@@ -2715,11 +5028,41 @@ def candidate_scores(model, prompt, candidates):
     return (scores * (torch.arange(width, device=device) < sizes)).sum(1)
 
 
-def training_world(job):
-    """Entities of the invented world whose articles the run trains on; [] for own data."""
-    if job.run.data or "knowledge" not in job.data.weights:
+SUCCESS = {  # class in the report: kind of task, split of its tools
+    "single": ("single", "seen"), "multi": ("multi", "seen"), "parallel": ("parallel", "seen"),
+    "none": ("none", "seen"), "missing": ("missing", "seen"), "failing": ("failing", "seen"),
+    "new_tool": ("single", "new"), "new_domain": ("single", "new_domain"),
+}
+
+
+def tool_success(model, job, n, classes=tuple(SUCCESS), at_once=256):
+    """({class: share of n held-out tasks done}, a transcript): one task a dialog, greedy, the built-in judge.
+    A class is a name in SUCCESS, or a pair (kind of task, split of its tools).
+
+    Done means: the calls that are needed ran, the state is as it should be, the answer says what it must and
+    not what it must not. Tasks and values are new; of the tools, what the class says.
+    """
+    toolbox, _ = toolbox_of(job.run)
+    was_training, agent, success, transcript = model.training, ModelAgent(model, job.tok), {}, []
+    model.eval()
+    with job.autocast():
+        for name in classes:
+            kind, split = SUCCESS.get(name, name)
+            episodes = [Episode.of(toolbox.scene(f"held out {job.run.seed} {name} {i}", [kind], split), 3)
+                        for i in range(n)]
+            play_all(episodes, agent, at_once)
+            success[name] = sum(verdict_of(episode)["success"] for episode in episodes) / n
+            transcript = transcript or readable(episodes[0].messages)
+    model.train(was_training)
+    return success, transcript
+
+
+def training_world(out):
+    """Entities of the invented world whose articles the run in a folder trains on; [] for own data."""
+    path = Path(out) / "data" / "knowledge.jsonl"
+    if not path.exists():
         return []
-    with open(job.out / "data" / "knowledge.jsonl", encoding="utf-8") as file:
+    with open(path, encoding="utf-8") as file:
         articles = [
             doc["text"] for doc in map(json.loads, file) if doc["split"] == "train" and "style" not in doc
         ]
@@ -2741,13 +5084,14 @@ def sample_text(model, job, step, n_tokens=48):
 
 def plot_run(out):
     """figures/*.png from metrics.jsonl: loss and validation, the largest logit, expert load."""
-    rows = read_metrics(out)
+    every = read_metrics(out)
+    rows = [row for row in every if row["stage"] == "pretrain"]
     trained = [row for row in rows if "loss" in row]
-    if not trained:
-        return
     (out / "figures").mkdir(exist_ok=True)
+    tuned = [row for row in every if row["stage"] == "sft"]
     run = json.loads((out / "config.json").read_text(encoding="utf-8"))["run"]
     steps = [row["step"] for row in trained]
+    step = "optimizer step"
 
     def figure(name, *panels, heights=(1,), width=6.4, below=True):
         """panels: (title, xlabel, ylabel, draw) each, below one another with one x axis or side by side."""
@@ -2793,11 +5137,11 @@ def plot_run(out):
             )
         axes.axhline(1, color="tab:blue", ls="--", lw=0.9, label="perfect balance")
 
-    step = "optimizer step"
-    figure("loss", ("Learning rate, and loss unsmoothed", "", "lr", schedule),
-           ("", step, "nats a token, bits per byte", loss), heights=(1, 4))
-    figure("max_logit", ("Largest attention logit of a step, unclamped", step, "S_max", max_logit))
-    if trained[0]["expert_load_max"]:
+    if trained:
+        figure("loss", ("Learning rate, and loss unsmoothed", "", "lr", schedule),
+               ("", step, "nats a token, bits per byte", loss), heights=(1, 4))
+        figure("max_logit", ("Largest attention logit of a step, unclamped", step, "S_max", max_logit))
+    if trained and trained[0]["expert_load_max"]:
         figure("expert_load", ("Busiest expert", step, "tokens / mean of its layer", load))
     measured = [row["long_context"] for row in rows if row.get("long_context")]
 
@@ -2818,40 +5162,65 @@ def plot_run(out):
                ("Needle among nine others", "tokens of context", "share found", by_length("needle")),
                width=12, below=False)
 
+    def tuning(axes):
+        x, y = zip(*((row["step"], row["loss"]) for row in tuned if "loss" in row))
+        axes.plot(x, y, lw=0.8)
 
-def write_report(job, seconds, p, recalled):
-    """report.json for programs, report.md for people: what the report claims, what this run measured.
+    def tasks(axes):
+        whole = [row["success"] for row in tuned if len(row.get("success", ())) == len(SUCCESS)]
+        for i, (success, label) in enumerate(zip(whole, ("before", "after"))):
+            places = np.arange(len(success)) + 0.4 * i
+            axes.bar(places, list(success.values()), 0.4, label=f"{label} fine-tuning")
+            axes.set_xticks(places, list(success), rotation=30)
+        axes.set_ylim(0, 1)
 
-    `p` are the figures of pretraining, `recalled` those of `recall` or None.
-    """
-    rows = read_metrics(job.out)
-    rephrased = json.loads((job.out / "data" / "index.json").read_text(encoding="utf-8"))["rephrase"]["all"]
-    measured = [row["long_context"] for row in rows if row.get("long_context", {}).get("bpb")]
-    facts = {
-        "seconds": {"total": sum(seconds.values()), **seconds},
-        "device": str(job.device), "preset": job.run.preset, "seed": job.run.seed,
-        "pretrain": p, "rephrase": rephrased,
-    }
-    if measured:
-        factors = [f"{length // job.run.seq_len}x" for length in measured[-1]["lengths"]]
-        facts["long_context"] = dict(zip(factors, measured[-1]["bpb"]))
-        facts["needle"] = dict(zip(factors, measured[-1]["needle"]))
-    if recalled:
-        facts["recall"] = {"base": recalled["all"]}
+    def appearing(axes):
+        for name in ("single", "new_tool", "new_domain"):
+            x, y = zip(*((row["step"], row["success"][name]) for row in tuned if "success" in row))
+            axes.plot(x, y, marker="o", ms=3, label=name)
+        axes.set_ylim(0, 1)
+
+    if any("loss" in row for row in tuned):
+        figure("tools", ("Fine-tuning, loss unsmoothed", step, "nats a token of the assistant", tuning),
+               ("One call, by what is known of the tool", step, "share done", appearing),
+               ("Held-out tasks with tools", "", "share done", tasks), width=13, below=False)
+
+
+def read_report(out):
+    """report.json as it is so far: a stage that is in its "seconds" is finished."""
+    path = out / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_report(job, stage, seconds, facts):
+    """Add a finished stage to report.json, which is for programs, and write report.md, for people: what the
+    report claims and what this run measured."""
+    known = read_report(job.out)
+    for key in ("recall", "success"):
+        facts[key] = {**known.get(key, {}), **facts.get(key, {})}
+    times = {**known.get("seconds", {}), stage: seconds}
+    times["total"] = sum(spent for name, spent in times.items() if name != "total")
+    head = {"seconds": times, "device": str(job.device), "preset": job.run.preset, "seed": job.run.seed}
+    facts = {**known, **head, **{key: value for key, value in facts.items() if value}}
     write_json(job.out / "report.json", facts)
-    table = claims(job, p, rows, rephrased, measured, recalled)
-    lines = [
-        f"# Run {job.out.name}: {job.run.preset}, seed {job.run.seed}, on {job.device}", "",
-        f"{count_parameters(job.cfg).total:,} parameters, {p['tokens']:,} tokens, "
-        f"{seconds['pretrain']:.0f} s of pretraining.", "",
-        "| validation text | bits per byte |", "|---|---|",
-        *(f"| {domain} | {value:.3f} |" for domain, value in p["val_bpb"].items()), "",
-        "| the report claims | this run measured |", "|---|---|",
-        *(f"| {claim} | {figure} |" for claim, figure in table), "", *long_context_table(job, measured),
-    ]
+    plot_run(job.out)
+    rows = read_metrics(job.out)
+    table = claims(job, facts, rows)
+    lines = [f"# Run {job.out.name}: {job.run.preset}, seed {job.run.seed}, on {job.device}", "",
+             f"{count_parameters(job.cfg).total:,} parameters. Seconds: "
+             + ", ".join(f"{name} {spent:.0f}" for name, spent in times.items()) + ".", ""]
+    if "pretrain" in facts:
+        lines += ["| validation text | bits per byte |", "|---|---|"]
+        lines += [f"| {domain} | {value:.3f} |" for domain, value in facts["pretrain"]["val_bpb"].items()]
+        lines += [""]
+    lines += ["| the report claims | this run measured |", "|---|---|",
+              *(f"| {claim} | {figure} |" for claim, figure in table), ""]
+    measured = [row["long_context"] for row in rows if row.get("long_context", {}).get("bpb")]
+    lines += long_context_table(job, measured) + success_table(job, facts)
+    recalled = [row["recall"] for row in rows if "recall" in row and row["stage"] == "pretrain"]
     if recalled:
-        lines += ["| fact | recalled |", "|---|---|",
-                  *(f"| {fact} | {share:.0%} |" for fact, share in recalled["by_fact"].items()), ""]
+        lines += ["| fact | recalled before fine-tuning |", "|---|---|",
+                  *(f"| {fact} | {share:.0%} |" for fact, share in recalled[-1]["by_fact"].items()), ""]
     lines += [
         *(f"![{path.stem}](figures/{path.name})" for path in sorted((job.out / "figures").glob("*.png"))), "",
         "Rerun: `python train.py --out NEW_FOLDER` with the settings of config.json.", "",
@@ -2860,34 +5229,61 @@ def write_report(job, seconds, p, recalled):
         temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
-def claims(job, p, rows, rephrased, measured, recalled):
+def claims(job, facts, rows):
     """[(what the report says and where, what this run measured)]."""
-    trained = [row for row in rows if "loss" in row]
-    same = [(a, b) for a, b in zip(trained, trained[1:]) if a["phase"] == b["phase"]]
-    worst = max((b["loss"] - a["loss"] for a, b in same), default=0.0)
-    loads = [max(row["expert_load_max"], default=0.0) for row in trained if row["phase"] == "pretrain"]
-    tenth = max(1, len(loads) // 10)
-    late, early = sum(loads[-tenth:]) / tenth, sum(loads[:tenth]) / tenth
-    table = [
-        ("no loss spike in the unsmoothed curve (R 2.5, Fig. 3)",
-         f"largest rise from one step to the next within a phase {worst:.3f} nats"),
-        ("QK-Clip keeps logits near tau (R 2.1, Fig. 2)",
-         f"largest S_max {p['max_logit']:.2f} with tau {job.run.tau:g}"),
-        ("12.7 % of heads were ever clipped (R App. D)", f"{p['clipped_heads']:.1%} of heads"),
-        ("the bias balances experts (V3 2.1.2)",
-         f"busiest expert / mean: {early:.2f} at first, {late:.2f} at last"),
-        ("a corpus is rephrased at most twice, and its fidelity checked (R 2.2)",
-         f"{rephrased['accepted']:,} rephrasings kept, {rephrased['rejected']:,} rejected: data/card.md"),
-    ]
-    if recalled:
+    table = []
+    trained = [row for row in rows if "loss" in row and row["stage"] == "pretrain"]
+    if trained:
+        p = facts["pretrain"]
+        same = [(a, b) for a, b in zip(trained, trained[1:]) if a["phase"] == b["phase"]]
+        worst = max((b["loss"] - a["loss"] for a, b in same), default=0.0)
+        loads = [max(row["expert_load_max"], default=0.0) for row in trained if row["phase"] == "pretrain"]
+        tenth = max(1, len(loads) // 10)
+        late, early = sum(loads[-tenth:]) / tenth, sum(loads[:tenth]) / tenth
+        rephrased = facts["rephrase"]
+        table += [
+            ("no loss spike in the unsmoothed curve (R 2.5, Fig. 3)",
+             f"largest rise from one step to the next within a phase {worst:.3f} nats"),
+            ("QK-Clip keeps logits near tau (R 2.1, Fig. 2)",
+             f"largest S_max {p['max_logit']:.2f} with tau {job.run.tau:g}"),
+            ("12.7 % of heads were ever clipped (R App. D)", f"{p['clipped_heads']:.1%} of heads"),
+            ("the bias balances experts (V3 2.1.2)",
+             f"busiest expert / mean: {early:.2f} at first, {late:.2f} at last"),
+            ("a corpus is rephrased at most twice, and its fidelity checked (R 2.2)",
+             f"{rephrased['accepted']:,} rephrasings kept, {rephrased['rejected']:,} rejected: data/card.md"),
+        ]
+    if recalled := facts.get("recall"):
+        shares = ", ".join(f"{share:.1%} ({stage})" for stage, share in recalled.items())
         table.append(("knowledge is learned from rephrasings (R 2.2)",
-                      f"{recalled['all']:.1%} of the invented world's facts recalled, in words never seen"))
+                      f"of the invented world's facts recalled, in words never seen: {shares}"))
+    measured = [row["long_context"] for row in rows if row.get("long_context", {}).get("bpb")]
     if len(measured) == 2:
         before, after = (figures["bpb"][-1] for figures in measured)
         table.append(("YaRN extends 32 k to 128 k tokens (R 2.5)",
                       f"{measured[1]['lengths'][-1]:,} tokens: {before:.3f} bits per byte before, "
                       f"{after:.3f} after"))
+    if made := facts.get("tools"):
+        table.append(("3,000 real and 20,000 synthetic tools; a judge keeps what meets the rubric (R 3.1.1)",
+                      f"{made['specs']:,} evolved tools, {made['trajectories']:,} dialogs, "
+                      f"{made['accepted']:,} kept: data/tools_card.md"))
+    if "sft" in facts.get("success", {}):
+        before, after = facts["success"]["base"], facts["success"]["sft"]
+        table.append(("fine-tuning on such dialogs teaches the use of tools (R 3.1)",
+                      f"one call of a known tool {before['single']:.0%} before, {after['single']:.0%} after; "
+                      f"of a new tool {after['new_tool']:.0%}"))
     return table
+
+
+def success_table(job, facts):
+    """Lines of a table: held-out tasks with tools that were done, by class and model, and one dialog."""
+    success = facts.get("success")
+    if not success:
+        return []
+    lines = ["| held-out tasks with tools | " + " | ".join(success) + " |", "|---" * (1 + len(success)) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{shares[name]:.1%}" for shares in success.values()) + " |"
+              for name in SUCCESS]
+    return [*lines, "", f"{job.run.tool_tasks} tasks a class, judged on state and answer. A dialog, as it "
+            "came:", "", *(f"> {line}  " for line in facts["transcript"]), ""]
 
 
 def long_context_table(job, measured):
@@ -2940,26 +5336,45 @@ def open_run(run_fields, model_fields, resume):
 
 
 def train(run, cfg, stage=None):
-    """One stage of a run, or all of them, each continued where it stopped."""
+    """One stage of a run, or all of them, each continued where it stopped; a finished one is not repeated."""
     out, began = Path(run.out), time.perf_counter()
     if run.threads:
         torch.set_num_threads(run.threads)
     device = pick_device(run.device)
-    tok = prepare_data(run, cfg, out)
+    if run.base:
+        if stage not in ("tools", "sft"):
+            raise UserError("--base is for the stages tools and sft: a base model is not pretrained again")
+        model, tok = load_pretrained(run.base)
+        cfg, data = model.cfg, None
+        (out / "data").mkdir(exist_ok=True)
+    else:
+        tok = prepare_data(run, cfg, out)
+        data = TokenFiles(out / "data", run.domain_weights, run.anneal_weights)
     if tok.n_vocab < cfg.vocab_size:
         print(
             f"note: this text has only {tok.n_vocab} tokens to offer, fewer than vocab_size {cfg.vocab_size}"
         )
         cfg = dataclasses.replace(cfg, vocab_size=tok.n_vocab)
-    job = Job(run, cfg, out, device, tok, TokenFiles(out / "data", run.domain_weights, run.anneal_weights))
-    seconds = {"data": time.perf_counter() - began}
-    if stage == "rephrase":
-        print(f"done: {out / 'data' / 'card.md'}")
-        return
-    seconds["pretrain"], *figures = pretrain(job)
-    plot_run(out)
-    write_report(job, seconds, *figures)
-    print(f"done: {out / 'report.md'}; talk to it: python sample.py {out} \"The\"")
+    job = Job(run, cfg, out, device, tok, data)
+    if data:
+        about = json.loads((out / "data" / "index.json").read_text(encoding="utf-8"))
+        finish(job, "data", lambda job: (time.perf_counter() - began, {"rephrase": about["rephrase"]["all"]}))
+    for name in STAGES[1:] if stage is None else [stage]:
+        work = {"rephrase": None, "pretrain": pretrain, "tools": tools, "sft": sft}[name]
+        if name == "sft":
+            finish(job, "tools", tools)
+        if work:
+            finish(job, name, work)
+    card = {"rephrase": "data/card.md", "tools": "data/tools_card.md"}
+    print(f"done: {out / card.get(stage, 'report.md')}" + (
+        "" if stage in card else f"; talk to it: python sample.py {out} --chat"))
+
+
+def finish(job, stage, work):
+    """Do a stage of a run, unless it is done, and report it. `work(job)` gives seconds and figures."""
+    left = {"pretrain": "model_base", "sft": "model_sft"}.get(stage, "data")
+    if stage not in read_report(job.out).get("seconds", {}) or not (job.out / left).exists():
+        write_report(job, stage, *work(job))
 
 
 def main(argv=None):

@@ -19,10 +19,10 @@ import train
 from kimi_k2 import KimiConfig, KimiK2, MuonClip, Tokenizer, load_pretrained
 
 ROOT = Path(__file__).parents[1]
-NANO = ["--preset", "nano", "--max_documents", "8", "--threads", "1", "--steps", "45", "--needles", "2"]
-NANO += ["--anneal_steps", "5", "--long_steps", "5", "--yarn_steps", "5", "--yarn_factor", "16"]
-NANO += ["--eval_every", "30", "--save_every", "7"]
-ONE_PHASE = ["--fast", "--max_documents", "4", "--threads", "1", "--needles", "0"]
+NANO = ["pretrain", "--preset", "nano", "--max_documents", "8", "--threads", "1", "--steps", "45"]
+NANO += ["--needles", "2", "--anneal_steps", "5", "--long_steps", "5", "--yarn_steps", "5"]
+NANO += ["--yarn_factor", "16", "--eval_every", "30", "--save_every", "7"]
+ONE_PHASE = ["pretrain", "--fast", "--max_documents", "4", "--threads", "1", "--needles", "0"]
 ONE_PHASE += ["--anneal_steps", "0", "--long_steps", "0", "--yarn_steps", "0"]
 
 
@@ -57,7 +57,7 @@ def run_with_kills(out, seconds, moments, seed):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    how = ["--resume", "--out", out] if (out / "config.json").exists() else [*NANO, "--out", out]
+    how = ["pretrain", "--resume", "--out", out] if (out / "config.json").exists() else [*NANO, "--out", out]
     subprocess.run(command(*how), check=True, capture_output=True)
 
 
@@ -122,13 +122,13 @@ def test_full_disk_keeps_the_last_good_checkpoint(finished, tmp_path):
     process.wait()
     good = sorted((out / "ckpt").glob("*.safetensors"))
     limited = subprocess.run(
-        command("--resume", "--out", out), capture_output=True, text=True,
+        command("pretrain", "--resume", "--out", out), capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
     )
     assert limited.returncode != 0 and "could not save" in limited.stderr
     assert len(limited.stderr.strip().splitlines()) == 1 or "Traceback" not in limited.stderr
     assert sorted((out / "ckpt").glob("*.safetensors")) == good
-    subprocess.run(command("--resume", "--out", out), check=True, capture_output=True)
+    subprocess.run(command("pretrain", "--resume", "--out", out), check=True, capture_output=True)
     assert_same_run(finished[0], out)
 
 
@@ -140,13 +140,15 @@ def test_damaged_newest_checkpoint_falls_back(finished, tmp_path, capsys):
     shutil.copytree(finished[0], out)
     newest = sorted((out / "ckpt").glob("*.safetensors"))[-1]
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    train.main(["--resume", "--out", str(out)])
+    shutil.rmtree(out / "model_base")  # as if killed before the stage was finished
+    train.main(["pretrain", "--resume", "--out", str(out)])
     assert "is damaged" in capsys.readouterr().err
     assert_same_run(finished[0], out)
     for path in (out / "ckpt").glob("*.safetensors"):
         path.write_bytes(b"garbage")
+    shutil.rmtree(out / "model_base")
     with pytest.raises(SystemExit, match="no checkpoint in .* can be read"):
-        train.main(["--resume", "--out", str(out)])
+        train.main(["pretrain", "--resume", "--out", str(out)])
 
 
 def test_report_and_files_of_a_run(finished):
@@ -393,7 +395,7 @@ def test_other_settings_are_refused_and_foreign_folders_too(finished, tmp_path):
     with pytest.raises(SystemExit, match=r"other settings \(steps 45, now 61\)"):
         train.main([*NANO, "--out", str(finished[0]), "--steps", "61"])
     with pytest.raises(SystemExit, match=r"other settings \(seed 0, now 5\)"):
-        train.main(["--resume", "--out", str(finished[0]), "--seed", "5"])
+        train.main(["pretrain", "--resume", "--out", str(finished[0]), "--seed", "5"])
     assert weights_of(finished[0]) == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"x")

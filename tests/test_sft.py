@@ -1,0 +1,232 @@
+"""Supervised fine-tuning: packed rows do not leak, only the assistant's words are learned, runs are exact.
+
+The reference for a packed row is the same dialog alone in its row; for a run, another run.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from kimi_k2 import KimiConfig, KimiK2, Tokenizer, load_pretrained
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return KimiK2(KimiConfig.preset("nano"))
+
+
+def packed(lengths, seed=0):
+    """Texts of random ids, and the row that holds them all with its document numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(500, (1, n), generator=generator) for n in lengths]
+    document = torch.cat([torch.full((1, n), i) for i, n in enumerate(lengths)], dim=1)
+    return texts, torch.cat(texts, dim=1), document
+
+
+@pytest.mark.parametrize("lengths", [(5, 9, 3), (1, 40), (120, 200, 30)])  # the last: the fused attention
+def test_a_packed_text_is_read_as_if_it_stood_alone(model, lengths):
+    texts, row, document = packed(lengths)
+    together = model.hidden(row, document=document).split(lengths, dim=1)
+    for text, hidden in zip(texts, together):
+        torch.testing.assert_close(hidden, model.hidden(text), atol=3e-6, rtol=1e-5)
+    leaking = model.hidden(row).split(lengths, dim=1)[1]
+    assert (leaking - together[1]).abs().max() > 1e-3, "the mask changes nothing: the test could not fail"
+
+
+YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 1.0,
+        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+@pytest.mark.parametrize("yarn", [None, YARN])
+def test_gradients_of_packed_texts_are_the_sum_of_their_own(yarn):
+    torch.manual_seed(1)
+    model = KimiK2(KimiConfig.preset("nano"))
+    model.set_context(512, yarn)
+    texts, row, document = packed((30, 50, 20), seed=1)
+
+    def gradients(batches):
+        model.zero_grad()
+        for tokens, *numbers in batches:
+            targets = tokens.roll(-1, dims=1)
+            (model.loss(tokens, targets, *numbers) * targets.numel()).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    alone = gradients([(text,) for text in texts])
+    row_targets = torch.cat([text.roll(-1, dims=1) for text in texts], dim=1)
+    model.zero_grad()
+    (model.loss(row, row_targets, document) * row_targets.numel()).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad - alone[name]).abs().max() <= 2e-5 * alone[name].abs().max().clamp(min=1e-3), name
+
+
+@pytest.mark.parametrize("lengths", [(10, 20), (150, 200)])
+def test_s_max_does_not_look_across_texts(lengths):
+    torch.manual_seed(2)
+    model = KimiK2(KimiConfig.preset("nano"))
+    texts, row, document = packed(lengths, seed=2)
+    model.loss(row, row, document)
+    together = model.max_logits.clone()
+    model.max_logits.fill_(-torch.inf)
+    for text in texts:
+        model.loss(text, text)
+    torch.testing.assert_close(together, model.max_logits, atol=1e-5, rtol=1e-5)
+
+
+def test_loss_is_the_mean_over_what_the_assistant_said(model):
+    texts, row, document = packed((25, 35), seed=3)
+    targets = torch.where(torch.rand(row.shape, generator=torch.Generator().manual_seed(0)) < 0.3,
+                          row.roll(-1, dims=1), -100)
+    logits = model.lm_head(model.hidden(row, document=document)).double()
+    expected = F.cross_entropy(logits[targets != -100], targets[targets != -100])
+    torch.testing.assert_close(model.loss(row, targets, document).double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_step_without_targets_is_no_step(model):
+    row = torch.zeros(1, 8, dtype=torch.long)
+    loss = model.loss(row, torch.full_like(row, -100))
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+    model.zero_grad()
+
+
+# -- the stage -------------------------------------------------------------------------------------------
+
+
+FAST = ("--fast", "--trajectories", "40", "--tools", "200", "--tool_tasks", "3", "--steps", "4",
+        "--anneal_steps", "2", "--long_steps", "2", "--yarn_steps", "2", "--needles", "1",
+        "--sft_steps", "12", "--save_every", "4", "--eval_every", "12", "--threads", "1")
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The whole recipe, uninterrupted: (folder, seconds)."""
+    out, began = tmp_path_factory.mktemp("sft") / "whole", time.perf_counter()
+    subprocess.run(command(*FAST, "--out", out), check=True, capture_output=True)
+    return out, time.perf_counter() - began
+
+
+def sft_weights(out):
+    return (out / "model_sft" / "model.safetensors").read_bytes()
+
+
+def test_the_recipe_leaves_models_and_a_report(finished):
+    out, _ = finished
+    report = json.loads((out / "report.json").read_text())
+    classes = {"single", "multi", "parallel", "none", "missing", "failing", "new_tool", "new_domain"}
+    assert set(report["success"]) == {"base", "sft"} and set(report["success"]["sft"]) == classes
+    assert all(0 <= share <= 1 for shares in report["success"].values() for share in shares.values())
+    assert report["tools"]["specs"] == 200 and report["tools"]["trajectories"] == 40
+    assert 0 < report["tools"]["accepted"] <= 40
+    assert set(report["recall"]) == {"base", "sft"}
+    seconds = report["seconds"]
+    assert set(seconds) == {"data", "pretrain", "tools", "sft", "total"}
+    assert abs(seconds["total"] - sum(v for k, v in seconds.items() if k != "total")) < 1e-6
+    base, sft, newest = (load_pretrained(out / name)[0].state_dict() for name in
+                         ("model_base", "model_sft", "model"))
+    assert any((base[name] != sft[name]).any() for name in base)
+    assert all(torch.equal(sft[name], newest[name]) for name in sft)
+    text = (out / "report.md").read_text()
+    assert "Held-out" not in text and "| held-out tasks with tools | base | sft |" in text
+    assert (out / "figures" / "tools.png").exists() and "> user:" in text
+    rows = [row for row in train.read_metrics(out) if row["stage"] == "sft" and "loss" in row]
+    assert [row["step"] for row in rows] == list(range(12)) and rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_same_command_again_does_nothing(finished):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    subprocess.run(command(*FAST, "--out", out), check=True, capture_output=True)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
+def test_killed_while_tuning_resumes_bit_identical(finished, tmp_path, seed):
+    """The kills fall after pretraining, whose own are in test_train.py."""
+    whole, _ = finished
+    out, rng = tmp_path / "killed", random.Random(seed)
+    subprocess.run(command("pretrain", *FAST, "--out", out), check=True, capture_output=True)
+    for _ in range(2):
+        process = subprocess.Popen(command(*FAST, "--out", out), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=rng.uniform(3, 9))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    subprocess.run(command("--resume", "--out", out), check=True, capture_output=True)
+    assert sft_weights(out) == sft_weights(whole)
+
+
+# -- own dialogs -----------------------------------------------------------------------------------------
+
+
+def own_file(path):
+    """Dialogs as OpenAI's API has them, and lines that are none."""
+    call = {"id": "call_x7", "type": "function", "function": {"name": "look", "arguments": '{"at": "sky"}'}}
+    dialogs = [
+        {"messages": [{"role": "user", "content": f"Say {word}."}, {"role": "assistant", "content": word}]}
+        for word in ("blue", "green", "red", "grey")
+    ] + [{"tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}],
+          "messages": [{"role": "user", "content": "Look up."},
+                       {"role": "assistant", "content": None, "tool_calls": [call]},
+                       {"role": "tool", "tool_call_id": "call_x7", "content": "a bird"},
+                       {"role": "assistant", "content": "A bird."}]}]
+    broken = ["{", '{"messages": "x"}', '{"messages": [{"role": "user", "content": "x"}]}',
+              '{"messages": [{"role": "owl", "content": "x"}, {"role": "assistant", "content": "x"}]}', "[1]",
+              '{"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}', '{"text": "a document"}']
+    path.write_text("\n".join([*map(json.dumps, dialogs), *broken]) + "\n", encoding="utf-8")
+    return dialogs, broken
+
+
+def test_own_dialogs_are_learned_from_a_base_of_ones_own(finished, tmp_path):
+    whole, _ = finished
+    own_file(tmp_path / "own.jsonl")
+    done = subprocess.run(
+        command("sft", *FAST, "--base", whole / "model_base", "--data", tmp_path / "own.jsonl",
+                "--sft_steps", 60, "--out", tmp_path / "run"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    skipped = [line for line in done.stderr.splitlines() if "skipped" in line]
+    assert len(skipped) == 6 and all("own.jsonl line" in line for line in skipped)
+    model, tok = load_pretrained(tmp_path / "run" / "model_sft")
+    ids, _ = tok.render([{"role": "user", "content": "Say green."}], add_generation_prompt=True)
+    out = model.generate(torch.tensor([ids]), 8, 0.0, stop=tok.special["<|im_end|>"])[0, len(ids):]
+    assert tok.parse(out.tolist())["content"].startswith("gr")  # and not "blue" or "red": it is a small model
+    losses = [row["loss"] for row in train.read_metrics(tmp_path / "run") if "loss" in row]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_what_cannot_be_tuned_is_said_in_a_line(finished, tmp_path):
+    whole, _ = finished
+    (tmp_path / "none.jsonl").write_text('{"text": "a"}\n')
+    for case, (arguments, needle) in enumerate((
+        (("sft", *FAST, "--base", tmp_path / "nothing"), "nothing"),
+        (("sft", *FAST, "--base", whole / "model_base", "--sft_weights", "chta=1"), "chta"),
+        (("pretrain", *FAST, "--base", whole / "model_base"), "--base"),
+        (("sft", *FAST, "--base", whole / "model_base", "--agent", "nobody"), "nobody"),
+    )):
+        done = subprocess.run(command(*arguments, "--out", tmp_path / str(case)), capture_output=True,
+                              text=True)
+        assert done.returncode != 0 and needle in done.stderr and "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_render_refuses_a_call_that_is_none():
+    tok = Tokenizer.train(["some text to learn from"], 520)
+    for call in ({"id": "a"}, {"function": {}}, {"function": "x"}, "x"):
+        with pytest.raises(ValueError, match="call"):
+            tok.render([{"role": "assistant", "content": "", "tool_calls": [call]}])
