@@ -1322,8 +1322,8 @@ class KimiK2(nn.Module):
 
     def loss(self, tokens, targets, document=None):
         """The same mean cross-entropy as `self(tokens, targets)`, with less memory and time: for training."""
-        asked = (targets != -100).flatten()  # no logits where no target is: in a chat most places
-        h = self.hidden(tokens, document=document).flatten(0, 1)[asked]
+        asked = (targets != -100).flatten().nonzero()[:, 0]  # no logits where no target is: most of a chat
+        h = self.hidden(tokens, document=document).flatten(0, 1).index_select(0, asked)
         dtype = autocast_dtype(h) or h.dtype
         total = HeadLoss.apply(h.to(dtype), self.lm_head.weight.to(dtype), targets.flatten()[asked])
         return total / max(1, len(h))
