@@ -170,7 +170,7 @@ RUN_DEFAULTS = {
                  sft_len=1024),
     "tiny": dict(steps=700, yarn_steps=60, batch_size=32, seq_len=128, lr=6e-3, warmup=20, tau=12.0,
                  bias_update_rate=1e-2, eval_every=100, eval_tokens=8192, save_every=100, trajectories=5000,
-                 sft_steps=300, sft_lr=3e-3, sft_len=512),
+                 sft_steps=300, sft_lr=1e-3, sft_len=512),
     "small": dict(steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200, tau=100.0,
                   bias_update_rate=1e-3, eval_every=500, eval_tokens=2**19, save_every=500,
                   trajectories=50_000, sft_steps=1000, sft_lr=3e-4, sft_len=2048),
@@ -4073,14 +4073,14 @@ def make_agent(run, folder):
 
 
 def make_trajectories(run, tok, out):
-    """Tools, trajectories and their filter, made once (R 3.1.1): data/tools.jsonl, trajectories.jsonl,
+    """Tools, trajectories and their filter, made once (R 3.1.1): data/specs.jsonl, trajectories.jsonl,
     trajectories_rejected.jsonl, review.jsonl, tools_card.md; tools.json is written last."""
     folder = out / "data"
     if (folder / "tools.json").exists():
         return json.loads((folder / "tools.json").read_text(encoding="utf-8"))
     began = time.perf_counter()
     toolbox, specifications = toolbox_of(run)
-    write_jsonl(folder / "tools.jsonl", specifications)
+    write_jsonl(folder / "specs.jsonl", specifications)
     evolved = time.perf_counter() - began
     endpoint = endpoint_of(run, "judge")
     judge = judge_trajectory(endpoint) if endpoint else None

@@ -79,8 +79,9 @@ def compare(run):
     """{domain: (bits per byte of the 5-gram, of the run's model)}, both on the whole validation text."""
     run = Path(run)
     documents = {"train": [], "val": []}
-    for path in sorted((run / "data").glob("*.jsonl")):
-        for line in open(path, encoding="utf-8"):
+    index = json.loads((run / "data" / "index.json").read_text(encoding="utf-8"))
+    for domain in index["domains"]:
+        for line in open(run / "data" / f"{domain}.jsonl", encoding="utf-8"):
             document = json.loads(line)
             documents[document["split"]].append(document)
     baseline = ByteNGram([document["text"] for document in documents["train"]])

@@ -725,7 +725,7 @@ def test_the_stage_writes_what_it_says(stage, tok):
     accepted, rejected = (lines_of(folder / f"trajectories{end}.jsonl") for end in ("", "_rejected"))
     assert about["accepted"] == len(accepted)
     assert about["trajectories"] == len(accepted) + len(rejected) == 80
-    assert about["specs"] == len(lines_of(folder / "tools.jsonl")) == 300
+    assert about["specs"] == len(lines_of(folder / "specs.jsonl")) == 300
     assert about["real"] == len(REAL_TOOLS)
     assert sum(about["reasons"].values()) == len(rejected) > 5 and sum(about["splits"].values()) == 300
     by_rule = sum(n for reason, n in about["reasons"].items() if reason.startswith("rule"))
@@ -742,7 +742,7 @@ def test_the_stage_writes_what_it_says(stage, tok):
     review = lines_of(folder / "review.jsonl")
     assert len(review) == 5 and {row["id"] for row in review} <= {record["id"] for record in accepted}
     assert {row["mark"] for row in review} == {""}
-    assert train.toolbox_of(run)[1] == lines_of(folder / "tools.jsonl")
+    assert train.toolbox_of(run)[1] == lines_of(folder / "specs.jsonl")
 
 
 def test_a_finished_stage_is_not_repeated_and_a_killed_one_is(stage, tok):
