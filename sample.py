@@ -60,6 +60,7 @@ def open_model(folder, device):
 
 
 def new_cache(model):
+    """An empty cache for one dialog."""
     weight = model.lm_head.weight
     return LatentCache(model.cfg, 1, device=weight.device, dtype=weight.dtype)
 
@@ -135,6 +136,7 @@ def feed(stack, symbols):
 
 
 def cost(stack):
+    """The fewest symbols that a stack still takes."""
     return sum(item.cost for item in stack)
 
 
@@ -241,7 +243,8 @@ class Inside:
 
 
 def as_json(word):
-    return json.dumps(word, ensure_ascii=False).encode().decode("latin-1")  # in symbols
+    """A value's JSON in symbols: one character a byte."""
+    return json.dumps(word, ensure_ascii=False).encode().decode("latin-1")
 
 
 def members(left, required, first=True):
@@ -258,6 +261,7 @@ def members(left, required, first=True):
 
 
 def elements(rule, first=True):
+    """The inside of an array of values that fit a rule."""
     return Inside("]", first, 0, lambda: [*value(rule), elements(rule, first=False)])
 
 

@@ -3321,7 +3321,7 @@ def told(answer, slots):
     return re.sub(r"\{([a-z]+)\}", lambda slot: str(slots[slot[1]]), answer), must
 
 
-def task_of(kind, request, plan, answer, must, tools, tables, **more):
+def task_of(kind, request, plan, answer, must, tools, tables):
     """A Task whose rubric is found by carrying out its plan on a copy of the tables; None if a call fails."""
     state = State(copy.deepcopy(tables))
     gate, results, calls = Gate(tools, state, budget=99, ask=lambda *_: True), [], []
@@ -3334,7 +3334,7 @@ def task_of(kind, request, plan, answer, must, tools, tables, **more):
         calls.append(ready)
     says = [part for slot in must for part in filled(slot, results).split(", ")]
     rubric = {"calls": calls, "state": state.tables, "answer": says, "any": [], "absent": FAILURE_WORDS}
-    return Task(kind, request, plan, answer, must, rubric, **more)
+    return Task(kind, request, plan, answer, must, rubric)
 
 
 def items_of(tool, tables):
@@ -3548,8 +3548,8 @@ class Scene:
         these tools and tables allow."""
         rng = random.Random(f"task {self.seed} {number}")
         for kind in [self.kinds[number]] * 30 + ["single"] * 10 + ["none"]:
-            pool = (self.tools, tables, self.hidden) if kind == "missing" else (self.tools, tables)
-            task = KINDS[kind](rng, *pool) if pool[-1] else None
+            more = [self.hidden] if kind == "missing" else []
+            task = KINDS[kind](rng, self.tools, tables, *more) if all(more) else None
             needed = {name for step in task.plan for name, _ in step} if task else ()
             if task and (number or not needed or self.lead & needed):
                 break
@@ -5082,30 +5082,39 @@ def sample_text(model, job, step, n_tokens=48):
     return f"{domain}: {job.tok.decode(ids[1:24])} >>> {job.tok.decode(ids[24:])}"
 
 
-def plot_run(out):
-    """figures/*.png from metrics.jsonl: loss and validation, the largest logit, expert load."""
-    every = read_metrics(out)
-    rows = [row for row in every if row["stage"] == "pretrain"]
-    trained = [row for row in rows if "loss" in row]
-    (out / "figures").mkdir(exist_ok=True)
-    tuned = [row for row in every if row["stage"] == "sft"]
-    run = json.loads((out / "config.json").read_text(encoding="utf-8"))["run"]
-    steps = [row["step"] for row in trained]
-    step = "optimizer step"
+def figure(out, name, *panels, heights=(1,), width=6.4, below=True):
+    """figures/NAME.png of panels (title, xlabel, ylabel, draw(axes)): below one another with one x axis, or
+    side by side."""
+    picture = Figure(figsize=(width, 4), layout="constrained")
+    rows, columns = (len(panels), 1) if below else (1, len(panels))
+    grid = picture.subplots(rows, columns, squeeze=False, sharex=below, height_ratios=heights)
+    for axes, (title, xlabel, ylabel, draw) in zip(grid.flat, panels):
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        draw(axes)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8)
+    with atomic(out / "figures" / f"{name}.png") as temporary:
+        picture.savefig(temporary, format="png", dpi=110)
 
-    def figure(name, *panels, heights=(1,), width=6.4, below=True):
-        """panels: (title, xlabel, ylabel, draw) each, below one another with one x axis or side by side."""
-        picture = Figure(figsize=(width, 4), layout="constrained")
-        rows, columns = (len(panels), 1) if below else (1, len(panels))
-        grid = picture.subplots(rows, columns, squeeze=False, sharex=below, height_ratios=heights)
-        for axes, (title, xlabel, ylabel, draw) in zip(grid.flat, panels):
-            axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-            axes.grid(alpha=0.3)
-            draw(axes)
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(fontsize=8)
-        with atomic(out / "figures" / f"{name}.png") as temporary:
-            picture.savefig(temporary, format="png", dpi=110)
+
+def plot_run(out):
+    """figures/*.png from metrics.jsonl, as far as it goes."""
+    rows = read_metrics(out)
+    (out / "figures").mkdir(exist_ok=True)
+    for stage, plot in (("pretrain", plot_pretraining), ("sft", plot_tuning)):
+        mine = [row for row in rows if row["stage"] == stage]
+        if any("loss" in row for row in mine):
+            plot(out, mine)
+    if measured := [row["long_context"] for row in rows if row.get("long_context")]:
+        plot_long_context(out, measured)
+
+
+def plot_pretraining(out, rows):
+    """Loss and validation, the largest logit, expert load."""
+    run = json.loads((out / "config.json").read_text(encoding="utf-8"))["run"]
+    trained = [row for row in rows if "loss" in row]
+    steps, step = [row["step"] for row in trained], "optimizer step"
 
     def schedule(axes):
         axes.plot(steps, [row["lr"] for row in trained], color="black", lw=1)
@@ -5137,14 +5146,15 @@ def plot_run(out):
             )
         axes.axhline(1, color="tab:blue", ls="--", lw=0.9, label="perfect balance")
 
-    if trained:
-        figure("loss", ("Learning rate, and loss unsmoothed", "", "lr", schedule),
-               ("", step, "nats a token, bits per byte", loss), heights=(1, 4))
-        figure("max_logit", ("Largest attention logit of a step, unclamped", step, "S_max", max_logit))
-    if trained and trained[0]["expert_load_max"]:
-        figure("expert_load", ("Busiest expert", step, "tokens / mean of its layer", load))
-    measured = [row["long_context"] for row in rows if row.get("long_context")]
+    figure(out, "loss", ("Learning rate, and loss unsmoothed", "", "lr", schedule),
+           ("", step, "nats a token, bits per byte", loss), heights=(1, 4))
+    figure(out, "max_logit", ("Largest attention logit of a step, unclamped", step, "S_max", max_logit))
+    if trained[0]["expert_load_max"]:
+        figure(out, "expert_load", ("Busiest expert", step, "tokens / mean of its layer", load))
 
+
+def plot_long_context(out, measured):
+    """Bits per byte and needles by length, before and after YaRN."""
     def by_length(key):
         def draw(axes):
             for figures, marker in zip(measured, "os"):
@@ -5155,35 +5165,39 @@ def plot_run(out):
                 axes.axhline(0.1, color="black", ls="--", lw=0.9, label="chance")
         return draw
 
-    if measured:
-        figure("long_context",
-               ("Last quarter of windows", "tokens of a window", "bits per byte", by_length("bpb")),
-               ("Inside the longest window", "up to this token", "bits per byte", by_length("by_position")),
-               ("Needle among nine others", "tokens of context", "share found", by_length("needle")),
-               width=12, below=False)
+    figure(out, "long_context",
+           ("Last quarter of windows", "tokens of a window", "bits per byte", by_length("bpb")),
+           ("Inside the longest window", "up to this token", "bits per byte", by_length("by_position")),
+           ("Needle among nine others", "tokens of context", "share found", by_length("needle")),
+           width=12, below=False)
 
-    def tuning(axes):
-        x, y = zip(*((row["step"], row["loss"]) for row in tuned if "loss" in row))
+
+def plot_tuning(out, rows):
+    """Loss of fine-tuning, and the use of tools: along it, and before and after by class."""
+    measured = [(row["step"], row["success"]) for row in rows if "success" in row]
+
+    def loss(axes):
+        x, y = zip(*((row["step"], row["loss"]) for row in rows if "loss" in row))
         axes.plot(x, y, lw=0.8)
 
+    def appearing(axes):
+        for name in ("single", "new_tool", "new_domain"):
+            x, y = zip(*((step, success[name]) for step, success in measured))
+            axes.plot(x, y, marker="o", ms=3, label=name)
+        axes.set_ylim(0, 1)
+
     def tasks(axes):
-        whole = [row["success"] for row in tuned if len(row.get("success", ())) == len(SUCCESS)]
+        whole = [success for _, success in measured if len(success) == len(SUCCESS)]
         for i, (success, label) in enumerate(zip(whole, ("before", "after"))):
             places = np.arange(len(success)) + 0.4 * i
             axes.bar(places, list(success.values()), 0.4, label=f"{label} fine-tuning")
             axes.set_xticks(places, list(success), rotation=30)
         axes.set_ylim(0, 1)
 
-    def appearing(axes):
-        for name in ("single", "new_tool", "new_domain"):
-            x, y = zip(*((row["step"], row["success"][name]) for row in tuned if "success" in row))
-            axes.plot(x, y, marker="o", ms=3, label=name)
-        axes.set_ylim(0, 1)
-
-    if any("loss" in row for row in tuned):
-        figure("tools", ("Fine-tuning, loss unsmoothed", step, "nats a token of the assistant", tuning),
-               ("One call, by what is known of the tool", step, "share done", appearing),
-               ("Held-out tasks with tools", "", "share done", tasks), width=13, below=False)
+    step = "optimizer step"
+    figure(out, "tools", ("Fine-tuning, loss unsmoothed", step, "nats a token of the assistant", loss),
+           ("One call, by what is known of the tool", step, "share done", appearing),
+           ("Held-out tasks with tools", "", "share done", tasks), width=13, below=False)
 
 
 def read_report(out):
@@ -5344,8 +5358,8 @@ def train(run, cfg, stage=None):
     if run.base:
         if stage not in ("tools", "sft"):
             raise UserError("--base is for the stages tools and sft: a base model is not pretrained again")
-        model, tok = load_pretrained(run.base)
-        cfg, data = model.cfg, None
+        cfg, data = KimiConfig.from_json(Path(run.base) / "config.json"), None
+        tok = Tokenizer.load(run.base)
         (out / "data").mkdir(exist_ok=True)
     else:
         tok = prepare_data(run, cfg, out)
