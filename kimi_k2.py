@@ -260,7 +260,7 @@ K2_YARN = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4
 PRESETS = {
     "nano":   _preset(512,    64,  2,  2, (32, 16),    (16, 8, 16),   (8, 2, 1),   (32, 96),      64,
                       rope_theta=1e4),
-    "tiny":   _preset(2048,  128,  4,  4, (64, 32),    (32, 16, 32),  (16, 2, 1),  (64, 192),    256,
+    "tiny":   _preset(4096,  128,  4,  4, (64, 32),    (32, 16, 32),  (16, 2, 1),  (64, 192),    256,
                       rope_theta=150.0),
     "small":  _preset(32768, 768, 12, 12, (384, 128),  (64, 32, 64),  (64, 8, 1),  (256, 2304),  2048),
     "medium": _preset(65536, 2048, 24, 16, (512, 256), (128, 64, 128), (128, 8, 1), (768, 6912),  4096),
@@ -1330,12 +1330,17 @@ class KimiK2(nn.Module):
 
     @torch.inference_mode()
     def stream(self, tokens, cache, temperature=0.6, top_p=1.0, generator=None):
-        """Endless continuation: yields the next token of each row, (B,), and feeds it back."""
+        """Endless continuation: yields the next token of each row, (B,), and feeds it back.
+
+        Send it the numbers of rows, and only those go on.
+        """
         logits = self.lm_head(self.hidden(tokens, cache)[:, -1])
         decoder = Decoder(self)
         while True:
             token = sample_token(logits, temperature, top_p, generator)
-            yield token
+            rows = yield token
+            if rows is not None:
+                token, cache = token[rows], cache.select(rows)
             logits = decoder.step(token, cache)
 
     def generate(self, tokens, max_new_tokens=64, temperature=0.6, top_p=1.0, stop=(), generator=None):
@@ -1358,16 +1363,17 @@ class KimiK2(nn.Module):
         cache = LatentCache(self.cfg, B, T + max_new_tokens, device, dtype)
         cache.padding = padding if ragged and padding.any() else None
         stop = torch.tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.long, device=device)
-        new, done = [], torch.zeros(B, dtype=torch.bool, device=device)
+        new = tokens.new_full((B, max_new_tokens), pad)
+        row, done, going, used = torch.arange(B, device=device), tokens.new_zeros(B).bool(), None, 0
         continuation = self.stream(tokens, cache, temperature, top_p, generator)
-        for _, token in zip(range(max_new_tokens), continuation):
-            if len(stop):
-                token = token.masked_fill(done, pad)
-                done = done | torch.isin(token, stop)
-            new.append(token)
-            if len(stop) and done.all():
-                break
-        out = torch.cat((tokens, *(token[:, None] for token in new)), dim=1)
+        while used < max_new_tokens and not done.all():
+            token = continuation.send(going)
+            new[row, used] = token.masked_fill(done, pad)
+            done, going, used = done | torch.isin(token, stop), None, used + 1
+            if done.sum() * 2 >= len(done):  # the half that goes on need not wait for the other
+                going = (~done).nonzero()[:, 0]
+                row, done = row[going], done[going]
+        out = torch.cat((tokens, new[:, :used]), dim=1)
         if not ragged:
             return out
         return [_cut_after(row[skip:], T - skip, stop) for row, skip in zip(out, padding.tolist())]

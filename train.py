@@ -168,9 +168,9 @@ RUN_DEFAULTS = {
     "nano": dict(steps=60, batch_size=8, seq_len=64, lr=6e-3, warmup=5, tau=10.0, bias_update_rate=1e-2,
                  eval_every=30, eval_tokens=2048, save_every=20, trajectories=100, sft_steps=20, sft_lr=3e-3,
                  sft_len=1024),
-    "tiny": dict(steps=700, yarn_steps=60, batch_size=32, seq_len=128, lr=6e-3, warmup=20, tau=12.0,
+    "tiny": dict(steps=600, yarn_steps=60, batch_size=32, seq_len=128, lr=6e-3, warmup=20, tau=12.0,
                  bias_update_rate=1e-2, eval_every=100, eval_tokens=8192, save_every=100, trajectories=5000,
-                 sft_steps=300, sft_lr=1e-3, sft_len=512),
+                 sft_steps=300, sft_lr=2e-3, sft_len=512),
     "small": dict(steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200, tau=100.0,
                   bias_update_rate=1e-3, eval_every=500, eval_tokens=2**19, save_every=500,
                   trajectories=50_000, sft_steps=1000, sft_lr=3e-4, sft_len=2048),
@@ -1237,7 +1237,7 @@ class TokenFiles:
         return torch.from_numpy(np.stack([ids[i * seq_len : (i + 1) * seq_len + 1] for i in range(rows)]))
 
 
-DOMAIN_WEIGHTS = {"web": 0.29, "code": 0.25, "math": 0.11, "knowledge": 0.05, "tools": 0.3}
+DOMAIN_WEIGHTS = {"web": 0.26, "code": 0.22, "math": 0.08, "knowledge": 0.04, "tools": 0.4}
 ANNEAL_WEIGHTS = {"web": 0.2, "code": 0.2, "math": 0.2, "knowledge": 0.2, "tools": 0.2}  # facts, checked work
 
 
@@ -2919,77 +2919,83 @@ def run_python(state, code):
 # --- evolved tools: domain -> applications and objects -> operations on the fields of the objects ---
 # The report grows more than 20,000 synthetic tools from key domains, each into applications, each into tools
 # with an interface, a description and a meaning. Its domains (Fig. 9b) are the first column; the applications
-# and objects are ours. An object has two fields that hold numbers and one that holds one of three words.
+# and objects are ours. An object has two fields that hold numbers and one, the last, that holds a word.
 
 DOMAINS = {
     "smart home": ("lights heating alarm kitchen garden laundry audio pool", """
-        lamp: brightness watts mode=day,night,off; heater: warmth timer level=low,mid,high
-        camera: range battery view=wide,near,dark; speaker: volume bass source=radio,disc,line
-        curtain: width height position=open,half,closed; fan: speed angle wind=soft,fresh,strong"""),
+        lamp: brightness watts mode; heater: warmth timer level
+        camera: range battery access; speaker: volume bass side
+        curtain: width height status; fan: speed angle pace"""),
     "transport": ("fleet trains ferry parcels taxi airline depot bikes", """
-        truck: load mileage state=ready,driving,broken; driver: shifts age licence=car,bus,lorry
-        route: distance stops surface=road,rail,water; parcel: weight postage stage=packed,sent,lost
-        ticket: price seat class=first,second,sleeper; wagon: seats axles cargo=coal,grain,steel"""),
+        truck: load mileage status; driver: shifts age grade
+        route: distance stops pace; parcel: weight postage size
+        ticket: price seat kind; wagon: seats axles colour"""),
     "finance": ("broker bank funds loans payroll broking budget ledger", """
-        share: quote amount trend=up,down,flat; account: balance fee kind=saving,current,joint
-        loan: sum term risk=safe,fair,poor; order: quantity limit side=buy,sell,hold
-        bond: yield years grade=gold,silver,junk; invoice: total days status=paid,due,late"""),
+        share: quote amount kind; account: balance fee access
+        loan: sum term level; order: quantity limit status
+        bond: yield years grade; invoice: total days status"""),
     "healthcare": ("clinic ward pharmacy dental surgery lab records therapy", """
-        patient: pulse fever ward=north,south,east; drug: dose stock form=pill,syrup,cream
-        nurse: hours floor duty=early,late,night; scan: slices contrast result=clear,unclear,bad
-        visit: minutes bill reason=checkup,pain,control; bed: number lift type=plain,child,intensive"""),
+        patient: pulse fever region; drug: dose stock size
+        nurse: hours floor mode; scan: slices contrast status
+        visit: minutes bill kind; bed: number lift side"""),
     "education": ("school courses library exams campus tutoring grades dorms", """
-        pupil: score absence grade=junior,middle,senior; lesson: length room subject=art,maths,sport
-        book: pages copies shelf=history,science,fiction; test: points tries outcome=passed,missed,open
-        teacher: classes salary rank=new,head,guest; grant: funds months purpose=travel,study,research"""),
+        pupil: score absence level; lesson: length room kind
+        book: pages copies age; test: points tries status
+        teacher: classes salary grade; grant: funds months size"""),
     "software": ("tickets builds deploys tests repos servers logs releases", """
-        issue: votes comments label=bug,idea,task; build: errors seconds phase=queued,running,done
-        server: memory cores zone=west,centre,asia; branch: commits reviews owner=core,web,docs
-        user: logins quota role=admin,editor,reader; service: replicas port health=fine,slow,dead"""),
+        issue: votes comments status; build: errors seconds age
+        server: memory cores region; branch: commits reviews access
+        user: logins quota kind; service: replicas port pace"""),
     "robots": ("arms drones rovers welding sorting cleaning mapping lab", """
-        robot: charge payload task=lift,weld,paint; arm: reach torque pose=up,down,rest
-        sensor: noise rate signal=sound,light,touch; drone: altitude thrust flight=hover,cruise,land
-        gripper: force grip tool=claw,hook,suction; wheel: radius wear side=left,right,rear"""),
+        robot: charge payload status; arm: reach torque side
+        sensor: noise rate level; drone: altitude thrust mode
+        gripper: force grip size; wheel: radius wear side"""),
     "industry": ("press foundry paint mill boiler assembly packing pumps", """
-        machine: heat pressure status=idle,busy,stopped; pump: flow depth valve=open,shut,stuck
-        motor: power turns gear=first,second,third; tank: volume acid content=water,oil,gas
-        belt: tempo tension line=alpha,beta,gamma; batch: pieces faults quality=good,fair,scrap"""),
+        machine: heat pressure mode; pump: flow depth status
+        motor: power turns pace; tank: volume acid colour
+        belt: tempo tension pace; batch: pieces faults grade"""),
     "desktop": ("files mail calendar editor printer music photos backup", """
-        folder: size items access=private,shared,public; message: words replies box=inbox,sent,spam
-        event: start guests repeat=once,daily,weekly; song: plays rating genre=jazz,rock,folk
-        photo: pixels zoom filter=grey,warm,cold; printer: ink paper tray=upper,lower,manual"""),
+        folder: size items access; message: words replies age
+        event: start guests mode; song: plays rating kind
+        photo: pixels zoom colour; printer: ink paper status"""),
     "phone": ("contacts alarms steps camera wallet games messages maps", """
-        contact: calls rank group=family,work,friend; reminder: hour snooze tone=bell,bird,buzz
-        app: updates space theme=light,dark,auto; walk: metres calories place=park,street,hill
-        card: credit limit brand=blue,black,green; chat: unread members mute=never,always,nights"""),
+        contact: calls rank access; reminder: hour snooze kind
+        app: updates space age; walk: metres calories pace
+        card: credit limit colour; chat: unread members access"""),
     "business": ("sales stores stock suppliers staff market reports support", """
-        client: orders revenue segment=small,large,state; product: cost units shape=round,square,long
-        store: visitors area region=north,south,coast; report: charts length period=month,quarter,year
-        worker: hours wage team=office,field,night; offer: discount margin phase=draft,sent,won"""),
+        client: orders revenue size; product: cost units colour
+        store: visitors area region; report: charts length age
+        worker: hours wage mode; offer: discount margin status"""),
     "web": ("shop blog forum banner forms search video news", """
-        page: views links layout=plain,grid,list; post: likes words topic=food,sport,music
-        coupon: percent uses target=all,new,loyal; banner: clicks width slot=top,side,foot
-        video: minutes shares quality=low,mid,high; form: fields answers stage=draft,live,ended"""),
+        page: views links access; post: likes words kind
+        coupon: percent uses grade; banner: clicks width side
+        video: minutes shares size; form: fields answers status"""),
     "legal": ("court notary contracts patents tax custody claims permits", """
-        case: exhibits days ruling=won,lost,pending; contract: clauses value party=buyer,seller,agent
-        permit: fee months scope=local,state,export; patent: drawings claims field=drugs,metal,paper
-        witness: hearings age side=defence,charge,neutral; fine: amount points kind=parking,speed,noise"""),
+        case: exhibits days status; contract: clauses value kind
+        permit: fee months region; patent: drawings claims age
+        witness: hearings age side; fine: amount points level"""),
     "energy": ("solar wind grid battery meters hydro fuel biogas", """
-        panel: output tilt facing=south,east,west; turbine: height gusts blade=short,long,bent
-        meter: reading cost tariff=day,night,flat; cable: voltage length coat=rubber,cloth,bare
-        charger: current plugs plug=type1,type2,combo; dam: inflow depth gate=open,shut,partly"""),
+        panel: output tilt side; turbine: height gusts region
+        meter: reading cost mode; cable: voltage length colour
+        charger: current plugs pace; dam: inflow depth status"""),
     "gaming": ("dungeon racing chess arena quests guild casino farm", """
-        knight: health armour weapon=sword,axe,bow; dragon: flames scales mood=calm,angry,asleep
-        castle: towers gold banner=lion,eagle,wolf; potion: strength drops effect=heal,sleep,fly
-        wizard: magic wisdom school=fire,ice,storm; quest: reward steps chapter=one,two,three"""),
+        knight: health armour grade; dragon: flames scales colour
+        castle: towers gold region; potion: strength drops size
+        wizard: magic wisdom level; quest: reward steps status"""),
     "farming": ("dairy orchard vineyard greenhouse poultry harvest irrigation beehives", """
-        cow: milk calves breed=brown,spotted,black; field: hectares yield crop=wheat,maize,beans
-        tractor: diesel ploughs trailer=none,tipper,tank; hive: honey frames queen=young,old,missing
-        tree: apples branches fruit=ripe,green,fallen; barn: bales doors roof=tin,straw,tile"""),
+        cow: milk calves colour; field: hectares yield region
+        tractor: diesel ploughs age; hive: honey frames size
+        tree: apples branches kind; barn: bales doors side"""),
     "property": ("rentals villas offices auctions mortgages surveys repairs tenants", """
-        flat: rooms rent heating=gas,oil,district; house: storeys garages garden=front,back,none
-        tenant: deposit keys contract=yearly,monthly,open; plot: acreage slope soil=clay,sand,rock
-        lift: capacity shafts service=fresh,overdue,planned; office: desks sockets carpet=grey,red,blue"""),
+        flat: rooms rent side; house: storeys garages region
+        tenant: deposit keys kind; plot: acreage slope size
+        lift: capacity shafts pace; office: desks sockets colour"""),
+}
+FIELD_WORDS = {  # the fields that hold words, and the words that they can hold
+    "mode": "day,night,off", "level": "low,middle,high", "size": "small,medium,large",
+    "colour": "red,blue,green", "side": "left,right,front", "status": "open,closed,waiting",
+    "grade": "gold,silver,bronze", "access": "private,shared,public", "kind": "plain,double,special",
+    "region": "north,south,east", "age": "new,used,old", "pace": "slow,steady,fast",
 }
 NEW_DOMAINS = ("gaming", "farming", "property")  # never seen in training
 
@@ -3013,21 +3019,21 @@ def change_number(items, kind, field, name, by):
     if not 0 <= value <= 10**9:
         raise ToolError(f"the {field} would be {value}")
     items[name][field] = value
-    return {"value": value}
+    return {"result": value}
 
 
 def extreme(items, kind, field, pick):
     if not items:
         raise ToolError(f"there is no {kind}")
     name = pick(items, key=lambda name: items[name][field])
-    return {"name": name, "value": items[name][field]}
+    return {"found": name, "result": items[name][field]}
 
 
 def store_value(items, kind, field, name, value):
     if isinstance(value, int) and not 0 <= value <= 10**9:
         raise ToolError(f"the {field} cannot be {str(value)[:40]}")
     find_item(items, kind, name)[field] = value
-    return {"value": value}
+    return {"result": value}
 
 
 def remove_item(items, kind, name):
@@ -3040,7 +3046,7 @@ def copy_item(items, kind, name, new, keep):
     add_item(items, kind, new, dict(find_item(items, kind, name)))
     if not keep:
         del items[name]
-    return {"name": new}
+    return {"named": new}
 
 
 @dataclass(frozen=True)
@@ -3058,59 +3064,59 @@ class Operation:
 
 OPERATIONS = {
     "get": Operation("number word", "Read the {f} of a {o}.", {"name": "string"},
-        lambda items, at, name: {"value": find_item(items, at.object, name)[at.field]},
-        "The {f} of {o} {name} is {0[value]}.",
+        lambda items, at, name: {"result": find_item(items, at.object, name)[at.field]},
+        "It is {0[result]}.",
         ("What is the {f} of {o} {name}?", "Get the {f} of {o} {name}.", "Tell me the {f} of {o} {name}.")),
     "set": Operation("number word", "Set the {f} of a {o}.", {"name": "string", "value": "integer"},
         lambda items, at, name, value: store_value(items, at.object, at.field, name, value),
-        "The {f} of {o} {name} is now {value}.",
+        "It is now {0[result]}.",
         ("Set the {f} of {o} {name} to {value}.", "Change the {f} of {o} {name} to {value}.",
          "The {f} of {o} {name} should be {value}.")),
     "raise": Operation("number", "Raise the {f} of a {o}.", {"name": "string", "by": "integer"},
         lambda items, at, name, by: change_number(items, at.object, at.field, name, by),
-        "The {f} of {o} {name} is now {0[value]}.",
+        "It is now {0[result]}.",
         ("Raise the {f} of {o} {name} by {by}.", "Add {by} to the {f} of {o} {name}.")),
     "lower": Operation("number", "Lower the {f} of a {o}.", {"name": "string", "by": "integer"},
         lambda items, at, name, by: change_number(items, at.object, at.field, name, -by),
-        "The {f} of {o} {name} is now {0[value]}.",
+        "It is now {0[result]}.",
         ("Lower the {f} of {o} {name} by {by}.", "Take {by} from the {f} of {o} {name}.")),
     "find": Operation("number word", "Find every {o} with a given {f}.", {"value": "integer"},
         lambda items, at, value: {"names": [name for name in items if items[name][at.field] == value]},
-        "With {f} {value}: {0[names]}.",
+        "I found {0[names]}.",
         ("Find every {o} with {f} {value}.", "Which {o} has the {f} {value}?")),
     "total": Operation("number", "Add up the {f} of every {o}.", {},
         lambda items, at: {"total": sum(item[at.field] for item in items.values())},
-        "The total {f} is {0[total]}.", ("What is the total {f}?", "Give me the total {f} of every {o}.")),
+        "It is {0[total]}.", ("What is the total {f}?", "Give me the total {f} of every {o}.")),
     "highest": Operation("number", "Find the {o} with the highest {f}.", {},
         lambda items, at: extreme(items, at.object, at.field, max),
-        "The highest {f} has {o} {0[name]}: {0[value]}.",
+        "It is {0[found]} with {0[result]}.",
         ("Which {o} has the highest {f}?", "Find the {o} with the highest {f}.")),
     "lowest": Operation("number", "Find the {o} with the lowest {f}.", {},
         lambda items, at: extreme(items, at.object, at.field, min),
-        "The lowest {f} has {o} {0[name]}: {0[value]}.",
+        "It is {0[found]} with {0[result]}.",
         ("Which {o} has the lowest {f}?", "Find the {o} with the lowest {f}.")),
     "tally": Operation("word", "Count every {o} with a given {f}.", {"value": "word"},
         lambda items, at, value: {"count": sum(item[at.field] == value for item in items.values())},
-        "The tally of {f} {value} is {0[count]}.",
+        "There are {0[count]}.",
         ("Tally the {f} {value}.", "How often is the {f} of a {o} {value}?")),
     "create": Operation("object", "Create a {o}.", {"name": "string"},
         lambda items, at, name: add_item(items, at.object, name, at.fresh()) or {"created": name},
-        "I created {o} {name}.", ("Create {o} {name}.", "Make a new {o} named {name}.")),
+        "Done.", ("Create {o} {name}.", "Make a new {o} named {name}.")),
     "delete": Operation("object", "Delete a {o}.", {"name": "string"},
         lambda items, at, name: remove_item(items, at.object, name),
-        "I deleted {o} {name}.", ("Delete {o} {name}.", "Remove the {o} {name}.")),
+        "Done.", ("Delete {o} {name}.", "Remove the {o} {name}.")),
     "list": Operation("object", "List every {o}.", {},
         lambda items, at: {"names": list(items)},
-        "There is {0[names]}.", ("List every {o}.", "Which {o} is there?")),
+        "I found {0[names]}.", ("List every {o}.", "Which {o} is there?")),
     "count": Operation("object", "Count every {o}.", {},
         lambda items, at: {"count": len(items)},
-        "The number of every {o} is {0[count]}.", ("Count every {o}.", "How many of {o} are there?")),
+        "There are {0[count]}.", ("Count every {o}.", "How many of {o} are there?")),
     "rename": Operation("object", "Rename a {o}.", {"name": "string", "new": "string"},
         lambda items, at, name, new: copy_item(items, at.object, name, new, keep=False),
-        "{o} {name} is now {new}.", ("Rename {o} {name} to {new}.", "Call {o} {name} {new} from now on.")),
+        "Done.", ("Rename {o} {name} to {new}.", "Call {o} {name} {new} from now on.")),
     "copy": Operation("object", "Copy a {o}.", {"name": "string", "new": "string"},
         lambda items, at, name, new: copy_item(items, at.object, name, new, keep=True),
-        "I copied {o} {name} as {new}.", ("Copy {o} {name} as {new}.", "Make a copy {new} of {o} {name}.")),
+        "Done.", ("Copy {o} {name} as {new}.", "Make a copy {new} of {o} {name}.")),
 }
 
 
@@ -3141,8 +3147,8 @@ def objects_of(domain):
     for line in DOMAINS[domain][1].replace("\n", ";").split(";"):
         if line.strip():
             name, _, fields = line.strip().partition(": ")
-            found[name] = tuple((field.partition("=")[0], tuple(field.partition("=")[2].split(",")) or None)
-                                if "=" in field else (field, None) for field in fields.split())
+            *numbers, word = fields.split()
+            found[name] = (*((field, None) for field in numbers), (word, tuple(FIELD_WORDS[word].split(","))))
     return found
 
 
@@ -3183,7 +3189,17 @@ def evolved_tool(name):
     return next((EvolvedTool.of(verb, place) for verb, place in pairs if place.tool_name(verb) == name), None)
 
 
-LABELS = [str(number) for number in range(1, 13)]  # names of things: one token, the same wherever it stands
+# Copying is what a toy learns last. It is learned first where the source is one token, told by its kind and
+# unlike its copy: " Fox" in a request is another token than the "Fox" of a call. Where both are the same,
+# copies made earlier drown the source: so users say numbers in words.
+LABELS = ("Fox Owl Elk Bear Wolf Hare Lynx Mole Crow Swan Toad Seal "
+          "Gull Wren Oak Fir Yew Fig Iris Rose Lily Moss Fern Reed").split()
+NUMBERS = dict(zip((*range(10, 20), *range(20, 100, 10)), (
+    "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
+    "twenty thirty forty fifty sixty seventy eighty ninety").split()))
+DAYS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+MONTHS = ("January February March April May June July August September October November "
+          "December").split()
 PEOPLE = "Ada Ben Eva Tom Mia Leo Zoe Max Ida Sam Amy Dan".split()
 
 
@@ -3192,7 +3208,20 @@ def new_item(rng):
 
 
 def new_number(rng):
-    return rng.randrange(13, 40)  # no label
+    return rng.choice(list(NUMBERS))
+
+
+def a_date(rng):
+    return f"2026-{rng.randrange(1, 13):02}-{rng.randrange(1, 13):02}"
+
+
+def spoken(slots):
+    """The values of a request as users say them: numbers and dates in words."""
+    def words(value):
+        if isinstance(value, str) and re.fullmatch(r"2026-\d\d-\d\d", value):
+            return f"the {DAYS[int(value[8:]) - 1]} of {MONTHS[int(value[5:7]) - 1]} 2026"
+        return NUMBERS.get(value, value)
+    return {key: words(value) for key, value in slots.items()}
 
 
 def some_items(place, rng):
@@ -3203,7 +3232,7 @@ def some_items(place, rng):
 
 def arguments_for(tool, items, rng):
     """Arguments with which an evolved tool succeeds."""
-    free = [label for label in LABELS if label not in items] or ["13"]
+    free = [label for label in LABELS if label not in items] or ["Nobody"]
     name, new = rng.choice(list(items)), rng.choice(free)
     words, field = tool.place.words(), tool.place.field
     values = {"name": new if tool.verb == "create" else name, "new": new}
@@ -3211,7 +3240,7 @@ def arguments_for(tool, items, rng):
         values["value"] = items[name][field]
     elif field:
         values["value"] = rng.choice(words) if words else new_number(rng)
-        values["by"] = rng.randrange(1, max(1, min(9, items[name][field])) + 1) if not words else None
+        values["by"] = rng.choice([n for n in NUMBERS if words or n <= items[name][field]] or [10])
     return {key: values[key] for key in tool.parameters["properties"]}
 
 
@@ -3271,24 +3300,24 @@ class Task:
 FAILURE_WORDS = ("failed", "could not", "cannot")
 CHAINS = (  # request, calls (verb, field f or g, arguments), answer; {x} is highest or lowest
     ("Set the {g} of the {o} with the {x} {f} to {value}.",
-     ("{x} f", "set g name=$0.name value={value}"), "The {g} of {o} {0[name]} is now {value}."),
+     ("{x} f", "set g name=$0.found value={value}"), "It is now {1[result]}."),
     ("What is the {g} of the {o} with the {x} {f}?",
-     ("{x} f", "get g name=$0.name"), "The {g} of {o} {0[name]} is {1[value]}."),
-    ("Delete the {o} with the {x} {f}.", ("{x} f", "delete - name=$0.name"), "I deleted {o} {0[name]}."),
+     ("{x} f", "get g name=$0.found"), "It is {1[result]}."),
+    ("Delete the {o} with the {x} {f}.", ("{x} f", "delete - name=$0.found"), "Done."),
     ("Set the {f} of {o} {other} to that of {o} {name}.",
-     ("get f name={name}", "set f name={other} value=$0.value"), "The {f} of {o} {other} is now {0[value]}."),
+     ("get f name={name}", "set f name={other} value=$0.result"), "It is now {1[result]}."),
     ("What is the {g} of the {o} with {f} {held}?",
-     ("find f value={held}", "get g name=$0.names.0"), "The {g} of {o} {0[names]} is {1[value]}."),
+     ("find f value={held}", "get g name=$0.names.0"), "It is {1[result]}."),
     ("Set the {g} of {o} {other} to that of the {o} with the {x} {f}.",
-     ("{x} f", "get g name=$0.name", "set g name={other} value=$1.value"),
-     "The {g} of {o} {other} is now {1[value]}."),
+     ("{x} f", "get g name=$0.found", "set g name={other} value=$1.result"),
+     "It is now {2[result]}."),
 )
 SMALL_TALK = (  # request, answer: nothing here needs a tool
-    ("Hello, I am {who}.", "Hello {who}, how can I help?"),
-    ("Thank you, that was all for {who}.", "You are welcome, {who}."),
+    ("Hello, I am {who}.", "{who}, how can I help?"),
+    ("Thank you, that was all for {who}.", "{who} is welcome."),
     ("Say the word {who}.", "{who}."),
-    ("Never mind the {f} of {o} {name}, {who} did it.", "All right, {who}."),
-    ("Do nothing now, {who} will call you.", "All right, {who}."),
+    ("Never mind the {f} of {o} {name}, {who} did it.", "{who} did it, all right."),
+    ("Do nothing now, {who} will call you.", "{who} will call, all right."),
 )
 
 
@@ -3341,13 +3370,12 @@ def items_of(tool, tables):
     return tables[tool.place.application][tool.place.object]
 
 
-def a_date(rng):
-    return f"{rng.randrange(1990, 2040)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02}"
-
-
 def two_units(kind):
+    size = UNITS[kind]
+    pairs = [pair for pair in itertools.permutations(size, 2) if (size[pair[0]] / size[pair[1]]).is_integer()]
+
     def draw(rng, tables):
-        unit, to = rng.sample(list(UNITS[kind]), 2)
+        unit, to = rng.choice(pairs)
         return {"value": new_number(rng), "unit": unit, "to": to}
     return draw
 
@@ -3356,47 +3384,58 @@ def two_numbers(rng, tables):
     return {"a": new_number(rng), "b": new_number(rng)}
 
 
+def multiple(rng, tables):
+    b = new_number(rng)
+    return {"a": rng.choice([number for number in NUMBERS if number % b == 0]), "b": b}
+
+
 WISHES = {  # what users want of the real tools: requests, arguments drawn for (rng, tables), answer
     "add": (("What is {a} plus {b}?", "Add {a} and {b}."), two_numbers, "It is {0[result]}."),
     "subtract": (("What is {a} minus {b}?", "Subtract {b} from {a}."), two_numbers, "It is {0[result]}."),
     "multiply": (("What is {a} times {b}?", "Multiply {a} by {b}."), two_numbers, "It is {0[result]}."),
-    "divide": (("Divide {a} by {b}.", "What is {a} over {b}?"), two_numbers, "It is {0[result]}."),
+    "divide": (("Divide {a} by {b}.", "What is {a} over {b}?"), multiple, "It is {0[result]}."),
     "convert_length": (("Convert the length {value} {unit} to {to}.",), two_units("length"),
-                       "That is {0[value]} {to}."),
+                       "It is {0[value]}."),
     "convert_weight": (("Convert the weight {value} {unit} to {to}.",), two_units("weight"),
-                       "That is {0[value]} {to}."),
+                       "It is {0[value]}."),
     "weekday": (("Which weekday is {date}?",), lambda rng, _: {"date": a_date(rng)}, "It is a {0[weekday]}."),
     "days_between": (("How many days are between {start} and {end}?",),
-                     lambda rng, _: {"start": a_date(rng), "end": a_date(rng)}, "There are {0[days]} days."),
+                     lambda rng, _: {"start": a_date(rng), "end": a_date(rng)}, "It is {0[days]}."),
     "add_days": (("Add {days} days to {date}.",),
-                 lambda rng, _: {"date": a_date(rng), "days": new_number(rng)}, "That day is {0[date]}."),
+                 lambda rng, _: {"date": a_date(rng), "days": new_number(rng)}, "It is {0[date]}."),
     "write_note": (("Write the note {name}: {text}", "Write a note {name} with the text {text}."),
-                   lambda rng, _: {"name": new_item(rng), "text": new_name(rng, set(), "@ @")},
-                   "I wrote the note {name}."),
+                   lambda rng, _: {"name": new_item(rng), "text": f"call {rng.choice(PEOPLE)}"},
+                   "Done."),
     "read_note": (("Read the note {name}.",), lambda rng, tables: {"name": rng.choice(list(tables["notes"]))},
-                  "The note {name} says: {0[text]}"),
+                  "It says: {0[text]}"),
     "delete_note": (("Delete the note {name}.",),
                     lambda rng, tables: {"name": rng.choice(list(tables["notes"]))},
-                    "I deleted the note {name}."),
+                    "Done."),
     "put_value": (("Put the value {value} under {key}.",), lambda rng, _: {
-        "key": new_item(rng), "value": str(new_number(rng))}, "The value {value} is under {key}."),
+        "key": new_item(rng), "value": rng.choice(PEOPLE)}, "Done."),
     "get_value": (("Get the value of {key}.",),
                   lambda rng, tables: {"key": rng.choice(list(tables["store"]))},
-                  "The value of {key} is {0[value]}."),
+                  "It is {0[value]}."),
     "list_bookings": (("List the bookings of {name}.",),
                       lambda rng, tables: {"name": rng.choice(list(tables["bookings"].values()))},
-                      "There are these bookings: {0[bookings]}."),
+                      "I found {0[bookings]}."),
     "book_room": (("Book room {room} on {date}, {slot}, for {name}.",), lambda rng, _: {
         "room": rng.choice(list(ROOMS)), "date": a_date(rng), "name": rng.choice(PEOPLE),
-        "slot": rng.choice(("morning", "afternoon", "evening"))}, "I booked room {room} for {name}."),
+        "slot": rng.choice(("morning", "afternoon", "evening"))}, "Done."),
 }
 
 
-def real_tables(rng):
-    """What the real tools find."""
-    return {"notes": {new_item(rng): new_name(rng, set(), "@ @") for _ in range(2)},
-            "store": {new_item(rng): str(new_number(rng)) for _ in range(2)},
-            "bookings": {booking_of(rng.choice(list(ROOMS)), a_date(rng), "morning"): rng.choice(PEOPLE)}}
+def tables_for(tools, rng):
+    """What these tools and the real ones find."""
+    tables = {"notes": {new_item(rng): f"call {rng.choice(PEOPLE)}" for _ in range(2)},
+              "store": {new_item(rng): rng.choice(PEOPLE) for _ in range(2)},
+              "bookings": {booking_of(rng.choice(list(ROOMS)), a_date(rng), "morning"): rng.choice(PEOPLE)}}
+    for tool in tools:
+        if isinstance(tool, EvolvedTool):
+            objects = tables.setdefault(tool.place.application, {})
+            if tool.place.object not in objects:
+                objects[tool.place.object] = some_items(tool.place, rng)
+    return tables
 
 
 def single(rng, pool, tables):
@@ -3408,17 +3447,17 @@ def single(rng, pool, tables):
             return None
         given = draw(rng, tables)
         answer, must = told(answer, given)
-        return task_of("single", rng.choice(requests).format(**given), [[(tool.name, given)]], answer, must,
-                       pool, tables)
+        request = rng.choice(requests).format(**spoken(given))
+        return task_of("single", request, [[(tool.name, given)]], answer, must, pool, tables)
     if not items_of(tool, tables):
         return None
     operation, given = OPERATIONS[tool.verb], arguments_for(tool, items_of(tool, tables), rng)
     slots = {"o": tool.place.object, "f": tool.place.field, **given}
-    request = rng.choice(operation.requests).format(**slots)
+    request = rng.choice(operation.requests).format(**spoken(slots))
     task = task_of("single", request, [[(tool.name, given)]], *told(operation.answer, slots), pool, tables)
     if task and "value" in given and tool.verb == "set" and rng.random() < 0.2:  # the user forgets the value
-        return dataclasses.replace(task, request=request.replace(f" {given['value']}", " something else"),
-                                   then=str(given["value"]))
+        said = str(spoken(given)["value"])
+        return dataclasses.replace(task, request=request.replace(f" {said}", " something else"), then=said)
     return task
 
 
@@ -3442,7 +3481,7 @@ def multi(rng, pool, tables):
                      for key, value in (pair.split("=") for pair in given)}
             plan.append([(at.get((verb, {"f": f, "g": g, "-": None}[field])), given)])
         if all(step[0][0] for step in plan):
-            return task_of("multi", request.format(**slots), plan, *told(answer, slots), pool, tables)
+            return task_of("multi", request.format(**spoken(slots)), plan, *told(answer, slots), pool, tables)
     return None
 
 
@@ -3559,6 +3598,10 @@ class Scene:
         return dataclasses.replace(task, request=words.format(task.request))
 
 
+def area_of(tool):
+    return tool.place.application if isinstance(tool, EvolvedTool) else tool.domain
+
+
 class Toolbox:
     """Tools sorted by what they work on; agents are given sets of them."""
 
@@ -3580,19 +3623,14 @@ class Toolbox:
         allowed = ("seen", "new") if split == "new" else (split,)
         return [tool for tool in self.groups[key] if self.split_of[tool.name] in allowed]
 
-    def scene(self, seed, kinds, split="seen", fault_rate=0.0, most=3):
+    def scene(self, seed, kinds, split="seen", fault_rate=0.0, most=2):
         """An agent for tasks of these kinds, with up to `most` tools: those that the first task needs, at
         least one of them of the split; others for the same things, or for any."""
         rng = random.Random(f"scene {seed}")
         for _ in range(1000 if self.keys.get(split) else 0):
             group = self.pool(rng.choice(self.keys[split]), split)
             others = self.pool(rng.choice(self.keys[split]), split)
-            tables = real_tables(rng)
-            for tool in group + others:
-                if isinstance(tool, EvolvedTool):
-                    objects = tables.setdefault(tool.place.application, {})
-                    if tool.place.object not in objects:
-                        objects[tool.place.object] = some_items(tool.place, rng)
+            tables = tables_for(group + others, rng)
             first = {"none": "single", "missing": "single"}.get(kinds[0], kinds[0])
             task = KINDS[first](rng, group, tables)
             needed = {name for step in task.plan for name, _ in step} if task else ()
@@ -3611,8 +3649,7 @@ class Toolbox:
         if not tools:  # all that could be declared is what has to be missing
             return self.scene(f"{seed} again", kinds, split, fault_rate, most)
         tools = rng.sample(list(tools.values()), len(tools))
-        system = rng.choice(AGENTS).format(group[0].place.application if isinstance(group[0], EvolvedTool)
-                                           else group[0].domain)
+        system = rng.choice(AGENTS).format(area_of(group[0]))
         used = {}
         for tool in tools + hidden:
             if not isinstance(tool, EvolvedTool):
@@ -3809,7 +3846,9 @@ def flawed(message, flaw, episode, rng):
     if flaw == "failure hidden" and "failed" in message["content"]:
         return say("Done.")
     if flaw == "wrong answer":
-        return say(re.sub(r"\d+", lambda number: str(int(number[0]) + 1), message["content"]))
+        other = dict(zip(LABELS, LABELS[1:] + LABELS[:1]))
+        return say(re.sub(r"\w+", lambda word: str(int(word[0]) + 1) if word[0].isdecimal()
+                          else other.get(word[0], word[0]), message["content"]))
     return message
 
 
@@ -3819,7 +3858,7 @@ class ModelAgent:
     Prompts are answered in batches of `rows` of about one length, so that little is padding.
     """
 
-    def __init__(self, model, tok, most=64, temperature=0.0, generator=None, rows=64):
+    def __init__(self, model, tok, most=64, temperature=0.0, generator=None, rows=128):
         self.model, self.tok, self.most, self.rows = model, tok, most, rows
         self.temperature, self.generator = temperature, generator
 
@@ -4139,29 +4178,40 @@ def write_tool_card(folder, about, specifications, accepted, rejected):
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def tool_documents(run, count=9000):
-    """Texts for pretraining that teach looking up and copying: tasks, each with the call that does it, what
-    it returned and the answer; on every third page below the declarations of the tools. A model that has
-    met such pages finds it easier to match a request with a tool and to copy a name or a value. Only tools
-    that training may see."""
+def tool_documents(run, count=18_000):
+    """Pages for pretraining, of two kinds: requests and below each the call that does it, or what is said
+    without one; and, one page in five, results that are numbers and below each what is told of it.
+
+    Both are copies, and a toy learns to copy only from many of them. So each request finds tables of its
+    own, and little stands there that cannot be foreseen: with declarations copying came later, with names in
+    results and answers, where they follow the same tokens as in calls, not at all. Only tools that training
+    may see.
+    """
     toolbox, _ = toolbox_of(run)
     for number in range(min(count, run.max_documents or count)):
-        rng = random.Random(f"page {run.seed} {number}")
-        kinds = [rng.choice(("single", "single", "multi", "parallel")), *["single"] * rng.randrange(1, 5)]
-        episode = Episode.of(toolbox.scene(f"page {run.seed} {number}", kinds, "seen", most=2))
-        play_all([episode], Teacher())
-        lines = [compact(declaration["function"]) for declaration in episode.gate.declarations()]
-        lines = lines if number % 3 == 0 else [episode.scene.system]
-        for message in episode.messages[1:]:
-            if message["role"] == "user":
-                lines.append(f"Task: {message['content']}")
-            elif message.get("tool_calls"):
-                lines += [f"functions.{call['function']['name']}:{call['function']['arguments']}"
-                          for call in message["tool_calls"]]
-            else:
-                lines.append(message["content"])
         source = f"tools/{number}"
-        yield {**document("\n".join(lines), "tools", source), "split": split_of(source)}
+        rng = random.Random(f"page {run.seed} {number}")
+        scene = toolbox.scene(f"page {run.seed} {number}", ["single"], "seen", most=3)
+        results = number % 5 == 4
+        lines = [] if results else [scene.system]
+        kinds = ["single"] * 7 if results else rng.choices(("single", "parallel", "none"), (7, 1, 2), k=4)
+        for kind in kinds:
+            tools = [max(rng.choices(scene.tools, k=2), key=lambda tool: len(tool.parameters["required"]))
+                     for _ in range(2)]  # more often those with more to copy
+            task = KINDS[kind](rng, tools, tables := tables_for(tools, rng))
+            if not task or task.then:
+                continue
+            if not results:
+                lines += [task.request, *(f"functions.{name}\n{compact(given)}"
+                                          for step in task.plan for name, given in step)]
+                lines += [task.answer] * (kind == "none")
+                continue
+            (name, given), = task.plan[0]
+            text = Gate(tools, State(tables), ask=lambda *_: True).call(name, json.dumps(given))
+            if re.fullmatch(r'\{"\w+":-?[\d.]+\}', text):
+                lines += [text, filled(task.answer, [json.loads(text)])]
+        if len(lines) > 1:
+            yield {**document("\n".join(lines), "tools", source), "split": split_of(source)}
 
 
 # --- supervised fine-tuning: dialogs of several kinds, packed into rows (R 3.1) ---
@@ -4171,18 +4221,17 @@ def tool_documents(run, count=9000):
 SFT_WEIGHTS = {"tools": 0.7, "chat": 0.03, "knowledge": 0.07, "math": 0.1, "critic": 0.1}  # of the tokens
 CHAT = (  # talk of which nothing is looked up
     ("Hello!", "Hello! How can I help?"),
-    ("Hi, I am {who}.", "Hello {who}, how can I help?"),
+    ("Hi, I am {who}.", "{who}, how can I help?"),
     ("Good morning.", "Good morning! What can I do for you?"),
     ("Who are you?", "I am Kimi, a very small model of my kind."),
     ("What is your name?", "My name is Kimi."),
     ("What can you do?", "I can answer questions, work out small problems and call tools."),
-    ("My name is {who}. What is my name?", "Your name is {who}."),
+    ("My name is {who}. What is my name?", "{who} is your name."),
     ("Say the word {who}.", "{who}."),
-    ("Say {who} twice.", "{who} {who}."),
     ("Thank you.", "You are welcome."),
-    ("Thank you, {who}.", "You are welcome."),
+    ("Thank you, says {who}.", "{who} is welcome."),
     ("Goodbye.", "Goodbye!"),
-    ("Goodbye, says {who}.", "Goodbye, {who}!"),
+    ("Goodbye, says {who}.", "{who}, goodbye!"),
 )
 
 

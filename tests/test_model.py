@@ -836,6 +836,22 @@ def test_rows_of_a_list_are_cut_after_their_stop():
     assert out[1].ndim == 1
 
 
+def test_rows_that_end_leave_those_that_go_on_alone():
+    """Half of a batch having ended, it leaves: with prompts of different lengths, and more than once."""
+    model = nano()
+    prompts = [ids(1, n, seed=n)[0] for n in (4, 9, 5, 7, 3, 8, 6)]
+    alone = [greedy(model, prompt[None], 24)[0] for prompt in prompts]
+    stops = [row[len(prompt) + at].item() for row, prompt, at in zip(alone, prompts, (0, 1, 4, 9, 14))]
+    out = model.generate(prompts, 24, temperature=0, stop=stops)
+    lengths = set()
+    for row, reference, prompt in zip(out, alone, prompts):
+        new = reference[len(prompt):].tolist()
+        end = len(prompt) + min([new.index(stop) + 1 for stop in stops if stop in new], default=24)
+        lengths.add(end - len(prompt))
+        assert torch.equal(row, reference[:end])
+    assert len(lengths) >= 3
+
+
 def test_one_stop_id_needs_no_list_and_is_ignored_inside_the_prompt():
     model, x, free, stops, _ = stop_case()
     (row,) = model.generate([[stops[0], *x[0].tolist()]], 3, temperature=0, stop=stops[0])

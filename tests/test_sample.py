@@ -524,10 +524,11 @@ def test_ctrl_c_in_the_program(folder):
 
 def test_evolved_tools_are_there_by_name_with_things_to_work_on(folder):
     """The user is told what there is to ask about; the model may never have seen the tool."""
-    done = run(folder, "--chat", "--tools", "quests_get_dragon_mood,quests_list_dragon", said=b"hi\n/tools\n")
+    names = "quests_get_dragon_colour,quests_list_dragon"
+    done = run(folder, "--chat", "--tools", names, said=b"hi\n/tools\n")
     assert done.returncode == 0, done.stderr
     shown = done.stdout.decode()
-    assert "note: quests has dragon " in shown and "quests_get_dragon_mood (allow)" in shown
-    assert "Read the mood of a dragon in quests." in shown
+    assert "note: quests has dragon " in shown and "quests_get_dragon_colour (allow)" in shown
+    assert "Read the colour of a dragon in quests." in shown
     other = run(folder, "--chat", "--tools", "quests_get_dragon_wings", said=b"")
     assert other.returncode != 0 and b"quests_get_dragon_wings" in other.stderr

@@ -140,11 +140,11 @@ def naive(verb, table, place, given):
     values = [row[f] for _, row in rows] if f else []
     result = None
     if verb == "get":
-        result = {"value": mine[f]}
+        result = {"result": mine[f]}
     elif verb in ("set", "raise", "lower"):
         by = given.get("by", 0) * (1 if verb == "raise" else -1)
         mine[f] = given["value"] if verb == "set" else mine[f] + by
-        result = {"value": mine[f]}
+        result = {"result": mine[f]}
     elif verb == "find":
         result = {"names": [n for n, row in rows if row[f] == given["value"]]}
     elif verb == "tally":
@@ -153,7 +153,7 @@ def naive(verb, table, place, given):
         result = {"total": sum(values)}
     elif verb in ("highest", "lowest"):
         best = sorted(values)[-1 if verb == "highest" else 0]
-        result = {"name": rows[values.index(best)][0], "value": best}
+        result = {"found": rows[values.index(best)][0], "result": best}
     elif verb == "create":
         rows.append([name, {field: words[0] if words else 0 for field, words in place.fields}])
         result = {"created": name}
@@ -166,7 +166,7 @@ def naive(verb, table, place, given):
     elif verb in ("rename", "copy"):
         rows.append([given["new"], dict(mine)])
         rows = [row for row in rows if verb == "copy" or row[0] != name]
-        result = {"name": given["new"]}
+        result = {"named": given["new"]}
     return result, dict(rows)
 
 
@@ -194,8 +194,8 @@ def test_operations_fit_together():
         items = state.tables[place.application][place.object]
         name, start = rng.choice(list(items)), copy.deepcopy(state.tables)
         value = rng.choice(place.words() or [rng.randrange(10**6)])
-        assert run_at(place, state, "set", name=name, value=value) == {"value": value}
-        assert run_at(place, state, "get", name=name) == {"value": value}
+        assert run_at(place, state, "set", name=name, value=value) == {"result": value}
+        assert run_at(place, state, "get", name=name) == {"result": value}
         assert name in run_at(place, state, "find", value=value)["names"]
         first = start[place.application][place.object][name]
         run_at(place, state, "set", name=name, value=first[place.field])
@@ -689,7 +689,7 @@ def test_each_of_two_calls_of_one_tool_is_asked_for():
     state.tables["lights"]["lamp"]["A10"]["brightness"] = 8
     get = EvolvedTool.of("get", LAMP)
     plan = [[(get.name, {"name": "A10"}), (get.name, {"name": "B20"})]]
-    values = ["{0[value]}", "{1[value]}"]
+    values = ["{0[result]}", "{1[result]}"]
     task = train.task_of("parallel", "?", plan, " ".join(values), values, [get], state.tables)
     for called, met in (("A10 B20", True), ("B20", False), ("A10", False), ("", False)):
         gate = Gate([get], state)
@@ -839,10 +839,10 @@ def reader(call_id):
     """A server that can do one thing: look up a field with the tool whose name says so."""
     def answer(body):
         asked, last = body["messages"][1]["content"], body["messages"][-1]
-        field, kind, name = re.search(r"the (\w+) of (\w+) (\d+)", asked).groups()
+        field, kind, name = re.search(r"the (\w+) of (\w+) (\w+)", asked).groups()
         if last["role"] == "tool":
             result = json.loads(last["content"])
-            return {"role": "assistant", "content": f"For {name} it is {result.get('value', 'unknown')}."}
+            return {"role": "assistant", "content": f"For {name} it is {result.get('result', 'unknown')}."}
         tool = next(t["function"]["name"] for t in body["tools"]
                     if t["function"]["name"].endswith(f"get_{kind}_{field}"))
         call = {"id": call_id.format(tool), "type": "function", "index": 0,
