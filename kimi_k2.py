@@ -1366,13 +1366,15 @@ class KimiK2(nn.Module):
         new = tokens.new_full((B, max_new_tokens), pad)
         row, done, going, used = torch.arange(B, device=device), tokens.new_zeros(B).bool(), None, 0
         continuation = self.stream(tokens, cache, temperature, top_p, generator)
-        while used < max_new_tokens and not done.all():
+        while used < max_new_tokens and len(row):
             token = continuation.send(going)
             new[row, used] = token.masked_fill(done, pad)
-            done, going, used = done | torch.isin(token, stop), None, used + 1
-            if done.sum() * 2 >= len(done):  # the half that goes on need not wait for the other
-                going = (~done).nonzero()[:, 0]
-                row, done = row[going], done[going]
+            going, used = None, used + 1
+            if len(stop):
+                done = done | torch.isin(token, stop)
+                if done.sum() * 2 >= len(done):  # the half that goes on need not carry the other
+                    going = (~done).nonzero()[:, 0]
+                    row, done = row[going], done[going]
         out = torch.cat((tokens, new[:, :used]), dim=1)
         if not ragged:
             return out

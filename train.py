@@ -4183,9 +4183,9 @@ def tool_documents(run, count=18_000):
     without one; and, one page in five, results that are numbers and below each what is told of it.
 
     Both are copies, and a toy learns to copy only from many of them. So each request finds tables of its
-    own, and little stands there that cannot be foreseen: with declarations copying came later, with names in
-    results and answers, where they follow the same tokens as in calls, not at all. Only tools that training
-    may see.
+    own, and little stands there that cannot be foreseen: names in results follow the same tokens as names in
+    calls, and with them on one page in five a toy hardly learned to copy names at all. Only tools that
+    training may see.
     """
     toolbox, _ = toolbox_of(run)
     for number in range(min(count, run.max_documents or count)):

@@ -699,6 +699,37 @@ def test_each_of_two_calls_of_one_tool_is_asked_for():
         assert all(checkpoints.values()) == met, (called, checkpoints)
 
 
+def test_pages_hold_calls_that_can_be_copied_and_results_that_are_numbers():
+    """Each value of a call stands in the request above it, as users say it; no tool is kept from training."""
+    run, _ = train.configure(dict(preset="nano", tools=600, max_documents=300), {})
+    toolbox, _ = train.toolbox_of(run)
+    tools = {tool.name: tool for group in toolbox.groups.values() for tool in group}
+    calls = results = 0
+    for page in train.tool_documents(run):
+        lines = page["text"].split("\n")
+        for i, line in enumerate(lines):
+            if line.startswith("functions."):
+                name, given = line.removeprefix("functions."), json.loads(lines[i + 1])
+                assert toolbox.split_of[name] == "seen" and not train.misfit(given, tools[name].parameters)
+                before = (above for above in lines[i - 1 :: -1] if not above.startswith(("functions.", "{")))
+                request = next(before)
+                for value in train.spoken(given).values():
+                    assert train.mentions(request, str(value)), (request, line, given)
+                    assert not re.search(r"\d", str(value).replace("2026", "")), (request, given)
+                calls += 1
+            elif line.startswith("{") and not lines[i - 1].startswith("functions."):
+                (value,) = json.loads(line).values()
+                assert not isinstance(value, (str, list)) and str(value) in lines[i + 1]
+                results += 1
+    assert calls > 300 and results > 50
+
+
+def test_numbers_and_dates_are_said_in_words():
+    said = train.spoken({"value": 40, "date": "2026-05-03", "name": "Fox", "other": 41, "text": "2026-13"})
+    assert said == {"value": "forty", "date": "the third of May 2026", "name": "Fox", "other": 41,
+                    "text": "2026-13"}
+
+
 # --- the stage ---
 
 
