@@ -118,6 +118,7 @@ class RunConfig:
     endpoint_retries: int = 5  # times to try again
     seed: int = 0  # of weights, data and samples
     steps: int | None = None  # optimizer steps of warm-up, constant rate and decay
+    drill_steps: int | None = None  # the first of them, with half the rows, on bare copies (toys alone)
     anneal_steps: int | None = None  # then of annealing; none: the report's share, at least 20
     long_steps: int | None = None  # then of long-context activation; none: the report's share, at least 20
     yarn_steps: int | None = None  # then with YaRN (the report gives no number); none: as long_steps
@@ -165,12 +166,12 @@ class RunConfig:
 # router bias; no toy reaches logits of 100, so their tau is lower and QK-Clip has something to do.
 # K2: 16,384 sequences of 4,096 tokens make the report's 67 M a step; 15.5 T tokens in all.
 RUN_DEFAULTS = {
-    "nano": dict(steps=60, batch_size=8, seq_len=64, lr=6e-3, warmup=5, tau=10.0, bias_update_rate=1e-2,
-                 eval_every=30, eval_tokens=2048, save_every=20, trajectories=100, sft_steps=20, sft_lr=3e-3,
-                 sft_len=1024),
-    "tiny": dict(steps=600, yarn_steps=60, batch_size=32, seq_len=128, lr=6e-3, warmup=20, tau=12.0,
-                 bias_update_rate=1e-2, eval_every=100, eval_tokens=8192, save_every=100, trajectories=5000,
-                 sft_steps=300, sft_lr=2e-3, sft_len=512),
+    "nano": dict(steps=60, drill_steps=10, batch_size=8, seq_len=64, lr=6e-3, warmup=5, tau=10.0,
+                 bias_update_rate=1e-2, eval_every=30, eval_tokens=2048, save_every=20, trajectories=100,
+                 sft_steps=20, sft_lr=3e-3, sft_len=1024),
+    "tiny": dict(steps=1000, drill_steps=300, yarn_steps=60, batch_size=16, seq_len=128, lr=6e-3, warmup=20,
+                 tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
+                 trajectories=5000, sft_steps=500, sft_lr=3e-3, sft_len=256),
     "small": dict(steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200, tau=100.0,
                   bias_update_rate=1e-3, eval_every=500, eval_tokens=2**19, save_every=500,
                   trajectories=50_000, sft_steps=1000, sft_lr=3e-4, sft_len=2048),
@@ -186,8 +187,8 @@ RUN_DEFAULTS = {
                trajectories=50_000, sft_steps=2000, sft_lr=2e-5, sft_len=32_768),
 }
 
-FAST = dict(preset="nano", max_documents=40, steps=20, eval_every=20, save_every=20, needles=4, tools=300,
-            trajectories=60, sft_steps=10, tool_tasks=8)
+FAST = dict(preset="nano", max_documents=40, steps=20, drill_steps=5, eval_every=20, save_every=20,
+            needles=4, tools=300, trajectories=60, sft_steps=10, tool_tasks=8)
 MACHINE_FIELDS = {"out", "device", "compile", "gpus", "gpu_tflops", "gpu_gib", "gpu_watts", "gpu_hour", "mfu",
                   "endpoint_parallel", "endpoint_rpm", "endpoint_timeout", "endpoint_retries"}
 STAGES = ("rephrase", "pretrain", "tools", "sft")
@@ -282,13 +283,14 @@ def configure(run_fields, model_fields):
         if getattr(run, name) is None:
             setattr(run, name, max(20, round(run.steps * share)))
     run.yarn_steps = run.long_steps if run.yarn_steps is None else run.yarn_steps
+    run.drill_steps = run.drill_steps or 0
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "eval_every", "eval_tokens", "save_every",
                  "long_factor", "yarn_factor", "chunk_tokens", "endpoint_parallel", "tools", "trajectories",
                  "sft_steps", "sft_len", "tool_tasks"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
-    for name in ("anneal_steps", "long_steps", "yarn_steps", "rephrase_max", "needles", "endpoint_retries",
-                 "review"):
+    for name in ("drill_steps", "anneal_steps", "long_steps", "yarn_steps", "rephrase_max", "needles",
+                 "endpoint_retries", "review"):
         if getattr(run, name) < 0:
             raise ValueError(f"{name} must not be negative, got {getattr(run, name)}")
     for name in ("flaw_rate", "fault_rate"):
@@ -1180,15 +1182,31 @@ def split_documents(run):
     return [doc for i, doc in enumerate(documents) if i not in twins], skipped, len(twins)
 
 
-def write_tokens(path, texts, tok, dtype):
-    """Pack texts into one file of ids; returns their numbers of documents, tokens and bytes."""
-    bos, eos, n_tokens = tok.special["[BOS]"], tok.special["[EOS]"], 0
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        for text in texts:
-            ids = np.array([bos, *tok.encode(text), eos], dtype)
+def encoded(doc, tok):
+    """(ids, learned) of a document: what stands in its "silent" spans [start, end) is read, not learned."""
+    ids, learned, start = [tok.special["[BOS]"]], [True], 0
+    end = len(doc["text"])
+    for silent, after in (*doc.get("silent", ()), (end, end)):
+        for part, is_learned in ((doc["text"][start:silent], True), (doc["text"][silent:after], False)):
+            new = tok.encode(part)
+            ids += new
+            learned += [is_learned] * len(new)
+        start = after
+    return [*ids, tok.special["[EOS]"]], [*learned, True]
+
+
+def write_tokens(path, documents, tok, dtype):
+    """Pack documents into one file of ids and, where some have silent spans, another of what is learned
+    (PATH with .learned before .bin); returns their numbers of documents, tokens and bytes."""
+    n_tokens, pairs = 0, (encoded(doc, tok) for doc in documents)
+    with atomic(path) as temporary, open(temporary, "wb") as file, \
+            atomic(path.with_suffix(".learned.bin")) as marks, open(marks, "wb") as learned_file:
+        for ids, learned in pairs:
             n_tokens += len(ids)
-            file.write(ids.tobytes())
-    return {"documents": len(texts), "tokens": n_tokens, "bytes": sum(len(text.encode()) for text in texts)}
+            file.write(np.array(ids, dtype).tobytes())
+            learned_file.write(np.array(learned, np.uint8).tobytes())
+    return {"documents": len(documents), "tokens": n_tokens,
+            "bytes": sum(len(doc["text"].encode()) for doc in documents)}
 
 
 class TokenFiles:
@@ -1196,12 +1214,12 @@ class TokenFiles:
 
     def __init__(self, folder, weights=None, anneal_weights=None):
         about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        self.ids = {
-            (domain, split): np.memmap(folder / f"{domain}.{split}.bin", about["dtype"], "r")
+        self.ids, self.learned = ({
+            (domain, split): np.memmap(folder / f"{domain}.{split}{kind}.bin", dtype, "r")
             for domain, splits in about["domains"].items()
             for split in splits
             if splits[split]["tokens"]
-        }
+        } for kind, dtype in (("", about["dtype"]), (".learned", np.uint8)))
         self.weights = self.settle(weights, DOMAIN_WEIGHTS)
         self.anneal_weights = self.settle(anneal_weights or weights, ANNEAL_WEIGHTS)
 
@@ -1222,22 +1240,28 @@ class TokenFiles:
         p = np.array(list(weights.values()))
         windows = []
         for domain in rng.choice(list(weights), rows, p=p / p.sum()):
-            ids = self.ids[domain, "train"]
-            start = rng.integers(max(1, len(ids) - seq_len))
-            windows.append(np.resize(ids[start : start + seq_len + 1], seq_len + 1))
-        block = torch.from_numpy(np.stack(windows).astype(np.int64)).to(device, non_blocking=True)
-        return block[:, :-1], block[:, 1:]
+            start = rng.integers(max(1, len(self.ids[domain, "train"]) - seq_len))
+            windows.append([np.resize(part, seq_len + 1)
+                            for part in self.window((domain, "train"), start, start + seq_len + 1)])
+        ids, targets = np.stack(windows, axis=1)  # (rows, seq_len + 1) each
+        return tuple(torch.from_numpy(part).to(device, non_blocking=True)
+                     for part in (ids[:, :-1], targets[:, 1:]))
+
+    def window(self, key, start, end):
+        """Ids of a stretch of a file, and the same as targets: -100 where nothing is learned."""
+        ids = self.ids[key][start:end].astype(np.int64)
+        return ids, np.where(self.learned[key][start:end], ids, -100)
 
     def validation(self, domain, n_tokens, seq_len):
-        """Consecutive windows (rows, seq_len + 1) that cover the first n_tokens of a domain's val file."""
-        ids = np.asarray(self.ids[domain, "val"][: n_tokens + 1]).astype(np.int64)
-        rows = max(1, (len(ids) - 1) // seq_len)
-        if len(ids) <= seq_len:
-            return torch.from_numpy(ids)[None]
-        return torch.from_numpy(np.stack([ids[i * seq_len : (i + 1) * seq_len + 1] for i in range(rows)]))
+        """Tokens and targets (rows, seq_len) that cover the first n_tokens of a domain's val file."""
+        ids, targets = self.window((domain, "val"), 0, n_tokens + 1)
+        length = min(seq_len, len(ids) - 1)
+        rows = (len(ids) - 1) // length
+        return (torch.from_numpy(ids[: rows * length]).view(rows, length),
+                torch.from_numpy(targets[1 : rows * length + 1]).view(rows, length))
 
 
-DOMAIN_WEIGHTS = {"web": 0.26, "code": 0.22, "math": 0.08, "knowledge": 0.04, "tools": 0.4}
+DOMAIN_WEIGHTS = {"web": 0.26, "code": 0.2, "math": 0.05, "knowledge": 0.03, "tools": 0.34, "drills": 0.12}
 ANNEAL_WEIGHTS = {"web": 0.2, "code": 0.2, "math": 0.2, "knowledge": 0.2, "tools": 0.2}  # facts, checked work
 
 
@@ -2919,77 +2943,78 @@ def run_python(state, code):
 # --- evolved tools: domain -> applications and objects -> operations on the fields of the objects ---
 # The report grows more than 20,000 synthetic tools from key domains, each into applications, each into tools
 # with an interface, a description and a meaning. Its domains (Fig. 9b) are the first column; the applications
-# and objects are ours. An object has two fields that hold numbers and one, the last, that holds a word.
+# and objects are ours. An object has two fields that hold numbers and one, the last, that holds a word. The
+# words of fields are few: a toy learns to copy a word of the request into a name one word at a time.
 
 DOMAINS = {
     "smart home": ("lights heating alarm kitchen garden laundry audio pool", """
-        lamp: brightness watts mode; heater: warmth timer level
-        camera: range battery access; speaker: volume bass side
-        curtain: width height status; fan: speed angle pace"""),
+        lamp: height power mode; heater: heat hours level
+        camera: range power access; speaker: volume power side
+        curtain: length height status; fan: speed power pace"""),
     "transport": ("fleet trains ferry parcels taxi airline depot bikes", """
-        truck: load mileage status; driver: shifts age grade
-        route: distance stops pace; parcel: weight postage size
-        ticket: price seat kind; wagon: seats axles colour"""),
+        truck: load speed status; driver: hours fee grade
+        route: length hours pace; parcel: weight cost size
+        ticket: cost days kind; wagon: load length colour"""),
     "finance": ("broker bank funds loans payroll broking budget ledger", """
-        share: quote amount kind; account: balance fee access
-        loan: sum term level; order: quantity limit status
-        bond: yield years grade; invoice: total days status"""),
+        share: cost units kind; account: points fee access
+        loan: cost days level; order: units cost status
+        bond: cost days grade; invoice: cost days status"""),
     "healthcare": ("clinic ward pharmacy dental surgery lab records therapy", """
-        patient: pulse fever region; drug: dose stock size
-        nurse: hours floor mode; scan: slices contrast status
-        visit: minutes bill kind; bed: number lift side"""),
+        patient: weight heat region; drug: units cost size
+        nurse: hours fee mode; scan: depth length status
+        visit: hours fee kind; bed: length height side"""),
     "education": ("school courses library exams campus tutoring grades dorms", """
-        pupil: score absence level; lesson: length room kind
-        book: pages copies age; test: points tries status
-        teacher: classes salary grade; grant: funds months size"""),
+        pupil: points days level; lesson: length hours kind
+        book: pages cost age; test: points pages status
+        teacher: hours points grade; grant: cost days size"""),
     "software": ("tickets builds deploys tests repos servers logs releases", """
-        issue: votes comments status; build: errors seconds age
-        server: memory cores region; branch: commits reviews access
-        user: logins quota kind; service: replicas port pace"""),
+        issue: points days status; build: hours pages age
+        server: load heat region; branch: depth length access
+        user: points days kind; service: load speed pace"""),
     "robots": ("arms drones rovers welding sorting cleaning mapping lab", """
-        robot: charge payload status; arm: reach torque side
-        sensor: noise rate level; drone: altitude thrust mode
-        gripper: force grip size; wheel: radius wear side"""),
+        robot: load power status; arm: length power side
+        sensor: range depth level; drone: height speed mode
+        gripper: power weight size; wheel: height speed side"""),
     "industry": ("press foundry paint mill boiler assembly packing pumps", """
-        machine: heat pressure mode; pump: flow depth status
-        motor: power turns pace; tank: volume acid colour
-        belt: tempo tension pace; batch: pieces faults grade"""),
+        machine: heat power mode; pump: speed depth status
+        motor: power heat pace; tank: volume depth colour
+        belt: speed length pace; batch: units weight grade"""),
     "desktop": ("files mail calendar editor printer music photos backup", """
-        folder: size items access; message: words replies age
-        event: start guests mode; song: plays rating kind
-        photo: pixels zoom colour; printer: ink paper status"""),
+        folder: depth pages access; message: pages length age
+        event: hours fee mode; song: length points kind
+        photo: height points colour; printer: pages speed status"""),
     "phone": ("contacts alarms steps camera wallet games messages maps", """
-        contact: calls rank access; reminder: hour snooze kind
-        app: updates space age; walk: metres calories pace
-        card: credit limit colour; chat: unread members access"""),
+        contact: points days access; reminder: hours days kind
+        app: points weight age; walk: length hours pace
+        card: points fee colour; chat: pages days access"""),
     "business": ("sales stores stock suppliers staff market reports support", """
-        client: orders revenue size; product: cost units colour
-        store: visitors area region; report: charts length age
-        worker: hours wage mode; offer: discount margin status"""),
+        client: points units size; product: cost weight colour
+        store: units volume region; report: pages length age
+        worker: hours load mode; offer: cost days status"""),
     "web": ("shop blog forum banner forms search video news", """
-        page: views links access; post: likes words kind
-        coupon: percent uses grade; banner: clicks width side
-        video: minutes shares size; form: fields answers status"""),
+        page: length points access; post: pages points kind
+        coupon: points units grade; banner: height cost side
+        video: hours points size; form: pages units status"""),
     "legal": ("court notary contracts patents tax custody claims permits", """
-        case: exhibits days status; contract: clauses value kind
-        permit: fee months region; patent: drawings claims age
-        witness: hearings age side; fine: amount points level"""),
+        case: pages days status; contract: pages fee kind
+        permit: fee days region; patent: pages fee age
+        witness: hours points side; fine: cost points level"""),
     "energy": ("solar wind grid battery meters hydro fuel biogas", """
-        panel: output tilt side; turbine: height gusts region
-        meter: reading cost mode; cable: voltage length colour
-        charger: current plugs pace; dam: inflow depth status"""),
+        panel: power height side; turbine: height speed region
+        meter: load cost mode; cable: length load colour
+        charger: power speed pace; dam: height volume status"""),
     "gaming": ("dungeon racing chess arena quests guild casino farm", """
-        knight: health armour grade; dragon: flames scales colour
-        castle: towers gold region; potion: strength drops size
-        wizard: magic wisdom level; quest: reward steps status"""),
+        knight: power speed grade; dragon: heat weight colour
+        castle: height depth region; potion: volume power size
+        wizard: power range level; quest: length points status"""),
     "farming": ("dairy orchard vineyard greenhouse poultry harvest irrigation beehives", """
-        cow: milk calves colour; field: hectares yield region
-        tractor: diesel ploughs age; hive: honey frames size
-        tree: apples branches kind; barn: bales doors side"""),
+        cow: weight volume colour; field: length depth region
+        tractor: power load age; hive: weight units size
+        tree: height weight kind; barn: volume height side"""),
     "property": ("rentals villas offices auctions mortgages surveys repairs tenants", """
-        flat: rooms rent side; house: storeys garages region
-        tenant: deposit keys kind; plot: acreage slope size
-        lift: capacity shafts pace; office: desks sockets colour"""),
+        flat: cost height side; house: height cost region
+        tenant: days points kind; plot: length cost size
+        lift: load speed pace; office: units fee colour"""),
 }
 FIELD_WORDS = {  # the fields that hold words, and the words that they can hold
     "mode": "day,night,off", "level": "low,middle,high", "size": "small,medium,large",
@@ -3244,6 +3269,7 @@ def arguments_for(tool, items, rng):
     return {key: values[key] for key in tool.parameters["properties"]}
 
 
+@functools.cache
 def evolve(n, seed):
     """n different tools [(EvolvedTool, specification)]; each was called once, and its call is in the
     specification. One in seven of the known domains' is "new", kept from training; all of NEW_DOMAINS' are
@@ -4091,10 +4117,10 @@ def toolbox_of(run):
 
 
 def scenes(run, toolbox):
-    """The scenes of a run's trajectories: one to three tasks each."""
+    """The scenes of a run's trajectories: one or two tasks each."""
     for number in range(run.trajectories):
         rng = random.Random(f"kinds {run.seed} {number}")
-        kinds = [rng.choice(TASK_MIX) for _ in range(rng.randrange(1, 4))]
+        kinds = [rng.choice(TASK_MIX) for _ in range(rng.randrange(1, 3))]
         yield toolbox.scene(f"{run.seed} {number}", kinds, "seen", run.fault_rate)
 
 
@@ -4178,40 +4204,79 @@ def write_tool_card(folder, about, specifications, accepted, rejected):
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def tool_documents(run, count=18_000):
-    """Pages for pretraining, of two kinds: requests and below each the call that does it, or what is said
-    without one; and, one page in five, results that are numbers and below each what is told of it.
+# --- pages for pretraining: tasks without the wrapping of a dialog, and drills ---
+# As in fine-tuning, what the assistant says is learned and what users and tools say is only read: nobody can
+# foresee it, and a toy that tries learns to copy much later.
 
-    Both are copies, and a toy learns to copy only from many of them. So each request finds tables of its
-    own, and little stands there that cannot be foreseen: names in results follow the same tokens as names in
-    calls, and with them on one page in five a toy hardly learned to copy names at all. Only tools that
-    training may see.
-    """
+
+def page(domain, source, lines):
+    """A document of (text, is learned) lines."""
+    doc, end = document("".join(text + "\n" for text, _ in lines), domain, source), 0
+    doc["silent"] = []
+    for text, is_learned in lines:
+        start, end = end, end + len(text) + 1
+        if not is_learned:
+            doc["silent"].append((start, end))
+    return {**doc, "split": split_of(source)}
+
+
+def tool_documents(run, count=5_000):
+    """Pages of tasks with tools that training may see: requests, calls, what they return, answers. Each
+    request finds tables of its own, so that nothing can be answered from the lines before it."""
     toolbox, _ = toolbox_of(run)
     for number in range(min(count, run.max_documents or count)):
-        source = f"tools/{number}"
         rng = random.Random(f"page {run.seed} {number}")
-        scene = toolbox.scene(f"page {run.seed} {number}", ["single"], "seen", most=3)
-        results = number % 5 == 4
-        lines = [] if results else [scene.system]
-        kinds = ["single"] * 7 if results else rng.choices(("single", "parallel", "none"), (7, 1, 2), k=4)
-        for kind in kinds:
-            tools = [max(rng.choices(scene.tools, k=2), key=lambda tool: len(tool.parameters["required"]))
-                     for _ in range(2)]  # more often those with more to copy
-            task = KINDS[kind](rng, tools, tables := tables_for(tools, rng))
+        pool = toolbox.pool(rng.choice(toolbox.keys["seen"]), "seen")
+        lines = [(rng.choice(AGENTS).format(area_of(pool[0])), False)]
+        for kind in rng.choices(("single", "multi", "parallel", "none"), (7, 5, 1, 1), k=4):
+            tables, results = tables_for(pool, rng), []
+            task = KINDS[kind](rng, pool, tables)
             if not task or task.then:
                 continue
-            if not results:
-                lines += [task.request, *(f"functions.{name}\n{compact(given)}"
-                                          for step in task.plan for name, given in step)]
-                lines += [task.answer] * (kind == "none")
-                continue
-            (name, given), = task.plan[0]
-            text = Gate(tools, State(tables), ask=lambda *_: True).call(name, json.dumps(given))
-            if re.fullmatch(r'\{"\w+":-?[\d.]+\}', text):
-                lines += [text, filled(task.answer, [json.loads(text)])]
+            gate = Gate(pool, State(tables), budget=99, ask=lambda *_: True)
+            lines.append((task.request, False))
+            for step in task.plan:
+                calls = [(name, compact(given)) for name, given in resolved(step, results)]
+                returned = [gate.call(name, given) for name, given in calls]
+                lines += [(f"functions.{name}\n{given}", True) for name, given in calls]
+                lines += [(text, False) for text in returned]
+                results += map(json.loads, returned)
+            lines.append((filled(task.answer, results), True))
         if len(lines) > 1:
-            yield {**document("\n".join(lines), "tools", source), "split": split_of(source)}
+            yield page("tools", f"tools/{number}", lines)
+
+
+DRILLS = (  # read, written, read, written ...: all that is written was read before
+    ("Put {a} to {said}.", '{{"name":"{a}","value":{n}}}', '{{"result":{n}}}', "It is now {n}."),
+    ("Put {a} to {word}.", '{{"name":"{a}","value":"{word}"}}', '{{"result":"{word}"}}', "It is now {word}."),
+    ("Call {a} {b}.", '{{"name":"{a}","new":"{b}"}}'),
+    ("Find.", "{{}}", '{{"found":"{a}","result":{n}}}', "It is {a} with {n}."),
+    ("Find and put {said}.", "{{}}", '{{"found":"{a}","result":10}}', '{{"name":"{a}","value":{n}}}',
+     '{{"result":{n}}}', "It is now {n}."),
+    ("List.", "{{}}", '{{"names":["{a}","{b}","{c}"]}}', "I found {a}, {b}, {c}."),
+    ("I am {who}.", "{who}, hello."),
+    ("In {application}: {verb}, the {f} of {o}.", "functions.{application}_{verb}_{o}_{f}"),
+)
+
+
+def drill_documents(run, count=4_000):
+    """Pages of DRILLS: copying, which the use of tools is made of, and nothing else. The words of new
+    domains are among those that names are made of, as a large corpus has all words; their tools are not."""
+    words = sorted({word for words in FIELD_WORDS.values() for word in words.split(",")})
+    applications = " ".join(names for names, _ in DOMAINS.values()).split()
+    objects = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
+    fields = sorted({field for fields in objects.values() for field, _ in fields})
+    for number in range(min(count, run.max_documents or count)):
+        rng, lines = random.Random(f"drill {run.seed} {number}"), []
+        for _ in range(5):
+            a, b, c = rng.sample(LABELS, 3)
+            slots = {"a": a, "b": b, "c": c, "n": new_number(rng), "word": rng.choice(words),
+                     "who": rng.choice(PEOPLE), "application": rng.choice(applications),
+                     "verb": rng.choice(list(OPERATIONS)), "o": rng.choice(list(objects)),
+                     "f": rng.choice(fields)}
+            slots["said"] = NUMBERS[slots["n"]]
+            lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]
+        yield page("drills", f"drills/{number}", lines)
 
 
 # --- supervised fine-tuning: dialogs of several kinds, packed into rows (R 3.1) ---
@@ -4391,16 +4456,22 @@ class Dialogs:
 # --- all data of a run, put together ---
 
 
-def train_tokenizer(documents, vocab_size, most_characters=20_000_000):
-    """BPE of the training documents, or of an even sample of them where they are long."""
+def train_tokenizer(documents, vocab_size, wrapping=(), most_characters=20_000_000):
+    """BPE of the training documents, or of an even sample of them where they are long, and of texts that
+    wrap dialogs."""
     texts = [doc["text"] for doc in documents if doc["split"] == "train"]
     stride = max(1, sum(map(len, texts)) // most_characters)
-    return Tokenizer.train(texts[::stride] + [TEMPLATE_WORDS] * (len(texts) // 4), vocab_size)
+    return Tokenizer.train([*texts[::stride], *wrapping], vocab_size)
 
 
-# Words of the chat template, which come in every dialog and should be few tokens: the text above, which the
-# tokenizer learns from, has no dialogs.
-TEMPLATE_WORDS = " ".join((*ROLE_TOKEN, "tool_declare", DEFAULT_SYSTEM, "## Return of functions.x:0\n{}"))
+def wrapping(run):
+    """What comes in every dialog and should be few tokens: the words of the chat template and declarations of
+    tools. The texts that the tokenizer learns from have no dialogs."""
+    head = " ".join((*ROLE_TOKEN, "tool_declare", DEFAULT_SYSTEM))
+    toolbox, _ = toolbox_of(run)
+    tools = [tool for key in toolbox.keys["seen"] for tool in toolbox.pool(key, "seen")]
+    for tool in tools[:: 10 if run.data else 1]:
+        yield f"{head}\n{compact(tool.declaration())}\n## Return of functions.{tool.name}:0\n"
 
 
 def prepare_data(run, cfg, out):
@@ -4413,8 +4484,8 @@ def prepare_data(run, cfg, out):
         return Tokenizer.load(out)
     folder.mkdir(exist_ok=True)
     documents, skipped, twins = split_documents(run)
-    documents += [] if run.data else list(tool_documents(run))
-    tok = train_tokenizer(documents, cfg.vocab_size)
+    documents += [] if run.data else [*tool_documents(run), *drill_documents(run)]
+    tok = train_tokenizer(documents, cfg.vocab_size, wrapping(run))
     with atomic(out / "tiktoken.model") as temporary:
         tok.save(temporary)
     accepted, rejected = rephrase(documents, run, tok, folder)
@@ -4424,8 +4495,8 @@ def prepare_data(run, cfg, out):
         mine = [doc for doc in documents if doc["domain"] == domain]
         write_jsonl(folder / f"{domain}.jsonl", mine)
         for split in ("train", "val"):
-            texts = [doc["text"] for doc in mine if doc["split"] == split]
-            sizes = write_tokens(folder / f"{domain}.{split}.bin", texts, tok, dtype)
+            here = [doc for doc in mine if doc["split"] == split]
+            sizes = write_tokens(folder / f"{domain}.{split}.bin", here, tok, dtype)
             index.setdefault(domain, {})[split] = sizes
     about = {"dtype": dtype.str, "vocab_size": tok.n_vocab, "skipped": len(skipped), "duplicates": twins,
              "domains": index, "rephrase": acceptance(accepted, rejected)}
@@ -4520,10 +4591,23 @@ class Phase:
     weights: dict  # of the domains
     context: tuple  # what KimiK2.set_context gets: length, YaRN or None
     bias_update_rate: float
+    before: dict | None = None  # weights from which it comes, and in how many steps
+    fade: int = 0
+
+    def weights_at(self, step):
+        """Weights of the domains at a step: they go evenly from those before to its own."""
+        left = max(0.0, 1 - (step - self.start) / self.fade) if self.fade else 0.0
+        return {domain: (1 - left) * weight + left * (self.before or {}).get(domain, 0.0)
+                for domain, weight in self.weights.items()}
 
 
 def phases(run, cfg, data):
-    """Pretraining, annealing on the best data, long-context activation, YaRN (R 2.5); none without steps.
+    """Drills, pretraining, annealing on the best data, long-context activation, YaRN (R 2.5); none without
+    steps.
+
+    The drills are ours: trillions of tokens teach a model to copy from its context, a toy has three million.
+    Rows of nothing but copies, a few at a time, teach it in minutes, and it forgets nothing where the other
+    domains come in slowly.
 
     YaRN reaches yarn_factor times seq_len, but trains on the activation's length: the report gives it no
     tokens at all, and a toy learns more from several documents a step than from one.
@@ -4532,19 +4616,25 @@ def phases(run, cfg, data):
     yarn = cfg.rope_scaling or {
         "type": "yarn", "factor": float(run.yarn_factor), "original_max_position_embeddings": run.seq_len,
         "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    drills = {domain: float(domain == "drills") for domain in data.weights}
+    n_drill = min(run.drill_steps, run.steps) if any(drills.values()) else 0
     found, start, longest = [], 0, cfg.max_position_embeddings
     for name, steps, factor, reach, weights, scaling in (
-        ("pretrain", run.steps, 1, 1, data.weights, plain),
+        ("drill", n_drill, 1, 1, drills, plain),
+        ("pretrain", run.steps - n_drill, 1, 1, data.weights, plain),
         ("anneal", run.anneal_steps, 1, 1, data.anneal_weights, plain),
         ("long", run.long_steps, run.long_factor, run.long_factor, data.weights, plain),
         ("yarn", run.yarn_steps, run.long_factor, run.yarn_factor, data.weights, yarn),
     ):
         if steps:
             length, longest = run.seq_len * factor, max(longest, run.seq_len * reach)
-            rows = max(1, run.batch_size * run.seq_len // length)
-            rate = run.bias_update_rate if name == "pretrain" else 0.0  # V3 and Moonlight still it at the end
-            found.append(Phase(name, start, start + steps, rows, length, weights, (longest, scaling), rate))
+            rows = max(1, run.batch_size * run.seq_len // length // (2 if name == "drill" else 1))
+            early = name in ("drill", "pretrain")  # V3 and Moonlight still the router's bias at the end
+            found.append(Phase(name, start, start + steps, rows, length, weights, (longest, scaling),
+                               run.bias_update_rate if early else 0.0))
             start += steps
+    if n_drill and found[1:]:
+        found[1].before, found[1].fade = drills, n_drill
     return found
 
 
@@ -4846,7 +4936,8 @@ def pretrain(job):
     compile_blocks(model, job)
 
     def batch_of(step, phase):
-        return job.data.batch(run.seed, step, phase.rows, phase.seq_len, job.device, phase.weights)
+        return job.data.batch(run.seed, step, phase.rows, phase.seq_len, job.device,
+                              phase.weights_at(step))
 
     def evaluate(step, phase):
         last = step == course[-1].end
@@ -4949,19 +5040,20 @@ def bits_per_byte(model, job, n_tokens):
     """{domain: bits per byte of its validation text}: what a compressor built on the model would need.
 
     The nats of all targets, document ends included, over the bytes that the targets stand for: a
-    figure that does not depend on the tokenizer.
+    figure that does not depend on the tokenizer. What is not learned is no target.
     """
     run, result, was_training = job.run, {}, model.training
     n_bytes = torch.tensor(job.tok.token_bytes(), device=job.device)
     model.eval()
     for domain in sorted(domain for domain, split in job.data.ids if split == "val"):
         nats, size = 0.0, 0
-        for windows in job.data.validation(domain, n_tokens, run.seq_len).split(run.micro_batch):
-            windows = windows.to(job.device)
+        parts = (part.to(job.device) for part in job.data.validation(domain, n_tokens, run.seq_len))
+        for tokens, targets in zip(*(part.split(run.micro_batch) for part in parts)):
             with job.autocast():
-                loss = model(windows[:, :-1], windows[:, 1:])[1]
-            nats += loss.item() * windows[:, 1:].numel()
-            size += n_bytes[windows[:, 1:]].sum().item()
+                loss = model(tokens, targets)[1]
+            asked = targets[targets != -100]
+            nats += loss.item() * len(asked)
+            size += n_bytes[asked].sum().item()
         result[domain] = nats / math.log(2) / max(size, 1)
     model.train(was_training)
     return result

@@ -16,6 +16,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 
@@ -699,29 +700,71 @@ def test_each_of_two_calls_of_one_tool_is_asked_for():
         assert all(checkpoints.values()) == met, (called, checkpoints)
 
 
-def test_pages_hold_calls_that_can_be_copied_and_results_that_are_numbers():
-    """Each value of a call stands in the request above it, as users say it; no tool is kept from training."""
+def read_and_said(doc):
+    """A page's text cut into [(text, is learned)], without empty parts."""
+    parts, at = [], 0
+    for start, end in [*doc["silent"], (len(doc["text"]),) * 2]:
+        parts += [(doc["text"][at:start], True), (doc["text"][start:end], False)]
+        at = end
+    return [(text, learned) for text, learned in parts if text]
+
+
+def test_pages_teach_calls_and_answers_and_only_show_requests_and_results():
+    """What is learned is a call that fits the schema of a seen tool, with values that were read before, or an
+    answer whose names and numbers were."""
     run, _ = train.configure(dict(preset="nano", tools=600, max_documents=300), {})
     toolbox, _ = train.toolbox_of(run)
     tools = {tool.name: tool for group in toolbox.groups.values() for tool in group}
-    calls = results = 0
+    calls = answers = 0
     for page in train.tool_documents(run):
-        lines = page["text"].split("\n")
-        for i, line in enumerate(lines):
-            if line.startswith("functions."):
-                name, given = line.removeprefix("functions."), json.loads(lines[i + 1])
-                assert toolbox.split_of[name] == "seen" and not train.misfit(given, tools[name].parameters)
-                before = (above for above in lines[i - 1 :: -1] if not above.startswith(("functions.", "{")))
-                request = next(before)
-                for value in train.spoken(given).values():
-                    assert train.mentions(request, str(value)), (request, line, given)
-                    assert not re.search(r"\d", str(value).replace("2026", "")), (request, given)
+        before = ""
+        for text, learned in read_and_said(page):
+            if not learned:
+                before += text
+                continue
+            lines = text.strip().split("\n")
+            if not lines[0].startswith("functions."):
+                assert all(train.mentions(before, word) for word in re.findall(r"\d+|[A-Z]\w+", text[2:])
+                           if word in train.LABELS or word.isdecimal()), (before, text)
+                answers += 1
+                continue
+            for name, given in zip(lines[::2], map(json.loads, lines[1::2])):
+                tool = tools[name.removeprefix("functions.")]
+                assert toolbox.split_of[tool.name] == "seen" and not train.misfit(given, tool.parameters)
+                for value, spoken in zip(given.values(), train.spoken(given).values()):
+                    assert train.mentions(before, str(value)) or train.mentions(before, str(spoken)), given
                 calls += 1
-            elif line.startswith("{") and not lines[i - 1].startswith("functions."):
-                (value,) = json.loads(line).values()
-                assert not isinstance(value, (str, list)) and str(value) in lines[i + 1]
-                results += 1
-    assert calls > 300 and results > 50
+    assert calls > 300 and answers > 300
+
+
+def test_drills_write_nothing_that_was_not_read():
+    run, _ = train.configure(dict(preset="nano", max_documents=200), {})
+    for page in train.drill_documents(run):
+        said = [text for text, learned in read_and_said(page) if learned]
+        read = "".join(text for text, learned in read_and_said(page) if not learned)
+        known = set(re.findall(r"[A-Za-z]+|\d+", read)) | {str(n) for n in train.NUMBERS}
+        words = set(re.findall(r"(?<![A-Za-z])[A-Z][a-z]+|\d+|(?<=_)[a-z]+", "".join(said)))
+        assert said and words - {"It", "I"} <= known, (words - known, page["text"])
+
+
+def test_silent_spans_become_tokens_without_targets(tmp_path, tok):
+    """Written, read back and cut into rows: the targets of a page are its learned parts and nothing else."""
+    run, _ = train.configure(dict(preset="nano", tools=300, max_documents=80), {})
+    pages = list(train.tool_documents(run))
+    sizes = {"train": train.write_tokens(tmp_path / "tools.train.bin", pages, tok, np.dtype("<u2"))}
+    sizes["val"] = train.write_tokens(tmp_path / "tools.val.bin", pages[:3], tok, np.dtype("<u2"))
+    about = {"dtype": "<u2", "domains": {"tools": sizes}}
+    (tmp_path / "index.json").write_text(json.dumps(about))
+    data = train.TokenFiles(tmp_path)
+    tokens, targets = data.validation("tools", 10**6, 10**6)
+    learned = "".join(text for page in pages[:3] for text, learned in read_and_said(page) if learned)
+    specials = tok.special["[BOS]"], tok.special["[EOS]"]
+    assert tok.decode([i for i in targets[0].tolist() if i != -100 and i not in specials]) == learned
+    assert tok.decode([i for i in tokens[0].tolist() if i not in specials]) == "".join(
+        page["text"] for page in pages[:3])
+    tokens, targets = data.batch(0, 0, 8, 32)
+    assert ((targets == -100).any(), (targets != -100).any()) == (True, True)
+    assert torch.equal(targets[:, :-1][targets[:, :-1] != -100], tokens[:, 1:][targets[:, :-1] != -100])
 
 
 def test_numbers_and_dates_are_said_in_words():

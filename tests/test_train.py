@@ -181,15 +181,13 @@ def test_logged_bits_per_byte_against_a_naive_sum(finished):
     model, tok = load_pretrained(out / "model_base")
     run, cfg = train.configure(json.loads((out / "config.json").read_text())["run"], {})
     data, logged = train.TokenFiles(out / "data"), train.read_metrics(out)[-1]["val_bpb"]
-    windows = data.validation("math", train.FINAL_EVAL * run.eval_tokens, run.seq_len)
+    rows = data.validation("math", train.FINAL_EVAL * run.eval_tokens, run.seq_len)
     nats = n_bytes = 0.0
     with torch.no_grad():
-        for window in windows:
-            log_p = model(window[None, :-1])[0][0].double().log_softmax(-1)
-            nats -= log_p[torch.arange(len(window) - 1), window[1:]].sum().item()
-            n_bytes += sum(
-                len(tok.decode_bytes([i])) for i in window[1:].tolist() if i < len(tok.ranks)
-            )
+        for tokens, targets in zip(*rows):
+            log_p = model(tokens[None])[0][0].double().log_softmax(-1)
+            nats -= log_p[torch.arange(len(tokens)), targets].sum().item()
+            n_bytes += sum(len(tok.decode_bytes([i])) for i in targets.tolist() if i < len(tok.ranks))
     assert nats / math.log(2) / n_bytes == pytest.approx(logged["math"], rel=1e-5)
 
 
