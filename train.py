@@ -4544,8 +4544,8 @@ def write_card(path, about, documents, rejected):
 #     L = E_x [ 1/K sum_i ( r_i - mean(r) - tau log( pi(y_i|x) / pi_old(y_i|x) ) )^2 ]
 #
 # Why: the policy that maximises E r - tau KL(pi | pi_old) is pi_old exp(r / tau) / Z, so for any answer
-# r - tau log Z = tau log(pi / pi_old). The mean of the group stands for tau log Z, the square measures what is
-# missing. The gradient is -2 tau / K sum_i (A_i - tau rho_i) grad log pi(y_i), with A the advantage and rho
+# r - tau log Z = tau log(pi / pi_old). The mean of the group stands for tau log Z, the square measures what
+# is missing. The gradient is -2 tau / K sum_i (A_i - tau rho_i) grad log pi(y_i), with A the advantage and rho
 # the log-ratio: in the first step, where rho = 0, this is REINFORCE; later steps on the same answers are held
 # back. No more is needed. What others add and the report does not: PPO learns a value network and clips the
 # ratio of each token, GRPO clips too, divides by the group's standard deviation and adds a KL to a frozen
@@ -4901,7 +4901,7 @@ def gym_dialogs(domain, seed, n):
 
 # --- rollouts: many side by side, paused and continued (R 3.3) ---
 # A rollout that has said its share of an iteration pauses and goes on in the next, under the weights of then,
-# so that a few long answers do not keep all others waiting. It keeps its cache, or `rl_recompute` makes it anew.
+# so that a few long answers do not keep all others waiting. It keeps its cache; `rl_recompute` makes it anew.
 # What each token's own policy gave it is stored with it: their product is pi_old(y|x), so that the ratio is
 # right for a mixed answer too. Groups train when all of their answers have ended. K1.5 may mask what
 # was said in earlier iterations; here it stays, since without it the first tokens of long answers would never
@@ -5727,7 +5727,7 @@ def fit(stage, job, model, opt, course, batch_of, evaluate, lr_of, learn=train_s
             last, row, clock = step == steps, {"stage": stage, "step": step}, time.perf_counter()
             if last or step == phase.end or step % run.eval_every == 0:
                 row |= evaluate(step, phase)
-                plot_run(job.out)
+                plot_run(job.out, stage)
                 tqdm.write(f"{stage} {step}/{steps} " + describe(row))
             if step > started and (last or stop.wanted or step % run.save_every == 0):
                 checkpoints.save(model, opt, progress, keep)
@@ -6208,14 +6208,12 @@ def figure(out, name, *panels, heights=(1,), width=6.4, below=True):
         picture.savefig(temporary, format="png", dpi=110)
 
 
-def plot_run(out):
-    """figures/*.png from metrics.jsonl, as far as it goes."""
-    rows = read_metrics(out)
+def plot_run(out, stage):
+    """figures/*.png of a stage from metrics.jsonl, as far as it goes."""
+    rows = [row for row in read_metrics(out) if row["stage"] == stage]
     (out / "figures").mkdir(exist_ok=True)
-    for stage, plot in (("pretrain", plot_pretraining), ("sft", plot_tuning), ("rl", plot_rl)):
-        mine = [row for row in rows if row["stage"] == stage]
-        if any("loss" in row for row in mine):
-            plot(out, mine)
+    if any("loss" in row for row in rows):
+        {"pretrain": plot_pretraining, "sft": plot_tuning, "rl": plot_rl}[stage](out, rows)
     if measured := [row["long_context"] for row in rows if row.get("long_context")]:
         plot_long_context(out, measured)
 
@@ -6357,7 +6355,7 @@ def write_report(job, stage, seconds, facts):
     head = {"seconds": times, "device": str(job.device), "preset": job.run.preset, "seed": job.run.seed}
     facts = {**known, **head, **{key: value for key, value in facts.items() if value}}
     write_json(job.out / "report.json", facts)
-    plot_run(job.out)
+    plot_run(job.out, stage)
     rows = read_metrics(job.out)
     table = claims(job, facts, rows)
     lines = [f"# Run {job.out.name}: {job.run.preset}, seed {job.run.seed}, on {job.device}", "",
@@ -6443,8 +6441,9 @@ def rl_claims(facts):
         ("on-policy rollouts keep the critic right (R 3.2.2)",
          f"pairs told apart {found['critic_first']:.0%} before, {found['critic_last']:.0%} after")]
     if "val_bpb_after" in found:
+        before, after = found["val_bpb_before"], found["val_bpb_after"]
         table.append(("PTX loss keeps what was known (R 3.2.3)",
-                      f"bits per byte {found['val_bpb_before']:.3f} before, {found['val_bpb_after']:.3f} after"))
+                      f"bits per byte {before:.3f} before, {after:.3f} after"))
     return table
 
 
