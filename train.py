@@ -4545,8 +4545,8 @@ def write_card(path, about, documents, rejected):
 #
 # Why: the policy that maximises E r - tau KL(pi | pi_old) is pi_old exp(r / tau) / Z, so for any answer
 # r - tau log Z = tau log(pi / pi_old). The mean of the group stands for tau log Z, the square measures what
-# is missing. The gradient is -2 tau / K sum_i (A_i - tau rho_i) grad log pi(y_i), with A the advantage and rho
-# the log-ratio: in the first step, where rho = 0, this is REINFORCE; later steps on the same answers are held
+# is missing. The gradient is -2 tau / K sum_i (A_i - tau rho_i) grad log pi(y_i), with A the advantage, rho the
+# log-ratio: in the first step, where rho = 0, this is REINFORCE; later steps on the same answers are held
 # back. No more is needed. What others add and the report does not: PPO learns a value network and clips the
 # ratio of each token, GRPO clips too, divides by the group's standard deviation and adds a KL to a frozen
 # reference, DPO learns from pairs and never samples. Here the group is the baseline and pi_old the reference.
@@ -5890,7 +5890,8 @@ def rl(job):
     run = job.run
     job = dataclasses.replace(job, run=dataclasses.replace(
         run, eval_every=max(1, run.rl_steps // 2), save_every=max(1, run.save_every // 10)))
-    start = Path(run.base) if run.base else job.out / "model_sft"
+    own = job.out / "model_sft"
+    start = Path(run.base) if run.base and not own.exists() else own
     if not (start / "config.json").exists():
         raise UserError(f"rl: no model in {start}; run the sft stage first, or give --base FOLDER")
     began = time.perf_counter()
