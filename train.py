@@ -145,6 +145,7 @@ class RunConfig:
     rl_recompute: bool = False  # a paused answer's cache is made anew under the new weights, not kept
     rl_temperature: float = 1.0  # of sampling, in the first iteration
     rl_temperature_end: float = 0.7  # and in the last
+    rl_seed: int = 0  # another one: other prompts and draws for the same model and tools
     rl_sampling: str = "uniform"  # prompts: uniform, prioritized (by 1 - success) or curriculum (easy first)
     rl_weights: dict | None = None  # weights of the domains' rewards, as math=2,safety=1; none: all 1
     rl_pool: int | None = None  # prompts of each domain that are tried for the pool
@@ -4545,7 +4546,7 @@ def write_card(path, about, documents, rejected):
 #
 # Why: the policy that maximises E r - tau KL(pi | pi_old) is pi_old exp(r / tau) / Z, so for any answer
 # r - tau log Z = tau log(pi / pi_old). The mean of the group stands for tau log Z, the square measures what
-# is missing. The gradient is -2 tau / K sum_i (A_i - tau rho_i) grad log pi(y_i), with A the advantage, rho the
+# is missing. The gradient is -2 tau / K sum_i (A_i - tau rho_i) grad log pi(y_i), A the advantage and rho the
 # log-ratio: in the first step, where rho = 0, this is REINFORCE; later steps on the same answers are held
 # back. No more is needed. What others add and the report does not: PPO learns a value network and clips the
 # ratio of each token, GRPO clips too, divides by the group's standard deviation and adds a KL to a frozen
@@ -5241,7 +5242,7 @@ class Controller:
     def __init__(self, model, job, pool):
         run = job.run
         self.run, self.tok, self.pool = run, job.tok, pool
-        self.engine = Engine(model, job.tok, run.seed, run.rl_budget, recompute=run.rl_recompute)
+        self.engine = Engine(model, job.tok, f"{run.seed} {run.rl_seed}", run.rl_budget, recompute=run.rl_recompute)
         self.critic, self.toolbox = Critic(model, job.tok), toolbox_of(run)[0]
         self.flight, self.started, self.asked = [], 0, 0  # groups under way; rollouts and prompts so far
         self.attacks, self.passed = Attacks(), {}  # {seed of a prompt: share of its answers that were right}
@@ -5254,7 +5255,7 @@ class Controller:
     def choose(self, step, n):
         """n prompts, from the domains in turn: any of the pool, the harder the likelier (prioritized), or
         first the easy ones (curriculum)."""
-        rng, chosen = random.Random(f"prompts {self.run.seed} {step}"), []
+        rng, chosen = random.Random(f"prompts {self.run.seed} {self.run.rl_seed} {step}"), []
         for _ in range(n):
             domain = list(self.pool)[self.asked % len(self.pool)]
             self.asked += 1
@@ -5384,7 +5385,7 @@ def choose_prompts(job, model):
     if not path.exists():
         controller, pool = Controller(model, job, {}), {}
         for domain in (*VERIFIABLE, "subjective"):
-            prompts = [{"domain": domain, "seed": f"{run.seed} train {i}"} for i in range(run.rl_pool)]
+            prompts = [{"domain": domain, "seed": f"{run.seed} {run.rl_seed} train {i}"} for i in range(run.rl_pool)]
             for prompt, group in zip(prompts, play_prompts(controller, prompts, run.rl_pass)):
                 prompt["passed"] = sum(rollout.reward for rollout in group) / len(group)
             moderate = [prompt for prompt in prompts if 0 < prompt["passed"] < 1 or domain == "subjective"]

@@ -46,7 +46,7 @@ def measure(run_folder, out, changes):
         if not (out / "data" / path.name).exists() and path.name != "rl_prompts.json":
             (out / "data" / path.name).symlink_to(path.resolve())
     data = train.TokenFiles(out / "data") if (out / "data" / "index.json").exists() else None
-    job = train.Job(run, cfg, out, train.pick_device(run.device), Tokenizer.load(run_folder), data)
+    job = train.Job(run, cfg, out, train.pick_device(run.device), Tokenizer.load(run_folder / "model_sft"), data)
     seconds, facts = train.rl(job)
     trained = [row for row in train.read_metrics(out) if "reward" in row]
     tenth = max(1, len(trained) // 10)
@@ -96,7 +96,7 @@ def main():
             folder = out / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
             path = folder / "facts.json"
             if not path.exists():
-                facts = measure(args.run, folder, {**common, **VARIANTS[name], "seed": seed})
+                facts = measure(args.run, folder, {**common, **VARIANTS[name], "rl_seed": seed})
                 train.write_json(path, facts)
             table.setdefault(name, []).append(json.loads(path.read_text(encoding="utf-8")))
     print("| variant | gain in points | reward | critic | length | over budget | bits per byte | idle | "

@@ -1,4 +1,4 @@
-"""Reinforcement learning: the objective against its formula, rollouts against plain decoding, every environment
+"""Reinforcement learning: the objective against its formula, rollouts against plain decoding, environments
 against right, wrong and dishonest answers, and runs that are killed.
 
 The reference for the objective is the formula written out in float64 and finite differences; for rollouts the
@@ -184,7 +184,8 @@ def test_gradient_of_the_model_is_the_formulas(model, tok, length):
     loss, _ = train.accumulate_policy(model, OneJob(rl_row=length), groups, tau)
     assert abs(loss - total.item()) < 1e-4 * total.item()
     for name, p in model.named_parameters():
-        assert (p.grad - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max().clamp(min=1e-3), name
+        largest = expected[name].abs().max().clamp(min=1e-3)
+        assert (p.grad - expected[name]).abs().max() <= 1e-4 * largest, name
     model.zero_grad()
 
 
@@ -204,8 +205,8 @@ class Chat:
 
     def step(self, message):
         self.heard.append(message["content"])
-        done = len(self.heard) == 3
-        return [] if done else [{"role": "user", "content": "And then? " * len(self.heard)}], float(done), done
+        done, more = len(self.heard) == 3, "And then? " * len(self.heard)
+        return [] if done else [{"role": "user", "content": more}], float(done), done
 
 
 def engine_of(model, tok, **more):
@@ -318,7 +319,7 @@ def test_right_answers_are_rewarded_and_those_to_other_requests_are_not(domain):
 
 def claims_of(text):
     return [f"{text} as you asked", f"{text} I have used two words.", "I have followed all instructions.",
-            f"Exactly two words: {text}", "This answer meets the constraints.", f"{text} No capitals, lower case."]
+            f"Exactly two words: {text}", "This answer meets the constraints.", f"{text} In lower case."]
 
 
 @pytest.mark.parametrize("domain", [*train.QUESTIONS])
@@ -370,8 +371,8 @@ def test_programs_are_judged_by_their_tests_and_cannot_reach_them():
         name, body = q.request.split("function ")[1][0], q.answer.split("return ")[1]
         for program in (
             f"def {name}(x):\n    return None", f"def {name}(x):\n    print({body})",
-            f"def other(x):\n    return {body}", f"{name} = lambda x: {body}", f"{q.answer}\nprint({name}(1))",
-            f"import os\n{q.answer}", f"def {name}(x):\n    import os; os._exit(0)", f"def {name}(x:\n",
+            f"def other(x):\n    return {body}", f"{name} = lambda x: {body}",
+            f"{q.answer}\nprint({name}(1))", f"import os\n{q.answer}", f"def {name}(x):\n    import os; os._exit(0)", f"def {name}(x:\n",
             "(" * 3000, "\0", f"class E:\n    __eq__ = lambda *_: True\ndef {name}(x):\n    return E()",
             f"def {name}(x):\n    class E:\n        __eq__ = lambda *_: True\n    return E()",
         ):
@@ -518,7 +519,8 @@ def test_both_orders_cancel_a_fondness_for_a_position(model, tok):
     letters, seen = [tok.encode(letter)[0] for letter in "AB"], []
     for request, rubric, a, b in pairs:
         for order in ((a, b), (b, a)):
-            ids, _ = tok.render([{"role": "user", "content": train.rated(request, *order, rubric)}], None, True)
+            asked = train.rated(request, *order, rubric)
+            ids, _ = tok.render([{"role": "user", "content": asked}], None, True)
             seen.append(model(torch.tensor([ids]))[0][0, -1, letters].softmax(-1)[0].item())
     expected = [(seen[2 * i] + 1 - seen[2 * i + 1]) / 2 for i in range(3)]
     assert wins.tolist() == pytest.approx(expected, abs=1e-5)
@@ -549,11 +551,13 @@ def test_pairs_of_known_order_come_from_right_and_wrong_answers():
 def test_the_interval_of_a_paired_gain():
     rng = random.Random(0)
     before = {name: "".join(rng.choice("01") for _ in range(400)) for name in "ab"}
-    after = {name: "".join("1" if rng.random() < 0.3 else bit for bit in bits) for name, bits in before.items()}
+    after = {name: "".join("1" if rng.random() < 0.3 else bit for bit in bits)
+             for name, bits in before.items()}
     found = train.paired_gain(before, after)
     changes = [[int(a) - int(b) for a, b in zip(after[name], before[name])] for name in "ab"]
     means = [sum(change) / 400 for change in changes]
-    error = math.sqrt(sum(sum((c - m) ** 2 for c in change) / 400**2 for change, m in zip(changes, means))) / 2
+    variances = [sum((c - m) ** 2 for c in change) / 400**2 for change, m in zip(changes, means)]
+    error = math.sqrt(sum(variances)) / 2
     assert found["mean"] == pytest.approx(sum(means) / 2)
     assert found["low"] == pytest.approx(found["mean"] - 1.96 * error, abs=0.3 * error)
     assert found["high"] == pytest.approx(found["mean"] + 1.96 * error, abs=0.3 * error)
@@ -660,7 +664,8 @@ def test_rollouts_under_way_survive_a_checkpoint(finished):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--rl_samples", "1"), "rl_samples"), (("--tau_rl", "0"), "tau_rl"), (("--rl_segment", "0"), "rl_segment"),
+    (("--rl_samples", "1"), "rl_samples"), (("--tau_rl", "0"), "tau_rl"),
+    (("--rl_segment", "0"), "rl_segment"),
     (("--rl_weights", "maths=1"), "maths"), (("--rl_objective", "ppo"), "rl_objective"),
     (("--ptx_weight", "-1"), "ptx_weight"), (("--rl_sampling", "random"), "rl_sampling")])
 def test_bad_flags_get_one_line(tmp_path, capsys, flags, message):
