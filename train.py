@@ -4270,8 +4270,8 @@ def tool_documents(run, count=18_000):
 # Sizes, mixture and packing of the report's SFT are not published: these are ours.
 
 SFT_WEIGHTS = {  # shares of the tokens
-    "tools": 0.6, "chat": 0.03, "knowledge": 0.07, "math": 0.09, "critic": 0.09, "instruction": 0.03,
-    "faithful": 0.03, "code": 0.02, "safety": 0.02, "subjective": 0.02}
+    "tools": 0.58, "chat": 0.03, "knowledge": 0.06, "math": 0.08, "critic": 0.08, "instruction": 0.05,
+    "faithful": 0.05, "code": 0.02, "safety": 0.02, "subjective": 0.03}
 CHAT = (  # talk of which nothing is looked up
     ("Hello!", "Hello! How can I help?"),
     ("Hi, I am {who}.", "{who}, how can I help?"),
@@ -4379,7 +4379,7 @@ def sft_sources(job):
     sources = {"tools": reviewed(job.out / "data")[0], "chat": list(chat_dialogs(rng, n // 5)),
                "math": list(math_dialogs(rng, n // 5)), "critic": list(critic_dialogs(rng, n // 2))}
     for domain in ("math", "instruction", "faithful", "code", "safety", "subjective"):  # of section 5
-        sources.setdefault(domain, []).extend(gym_dialogs(domain, run.seed, n // 5))
+        sources.setdefault(domain, []).extend(gym_dialogs(domain, run.seed, n // 3))
     sources["critic"] += gym_critic_dialogs(rng, n // 2, run.seed)
     if world := training_world(job.out):
         sources["knowledge"] = list(knowledge_dialogs(rng, world))
@@ -4599,43 +4599,38 @@ class ToolUse:
 # --- mathematics and logic: the answer is checked ---
 
 
-class SmallNumbers(random.Random):
-    """Draws whole numbers from the lowest ten of a range: problems for a model of three million weights."""
-
-    def randint(self, low, high):
-        return super().randint(low, min(high, low + 9))
-
-
 def final_answer(text):
     return text.rpartition("Answer: ")[2].strip() if "Answer: " in text else None
 
 
+SMALL_SUMS = (  # a problem of two small numbers, and its answer
+    ("What is {a} + {b}?", lambda a, b: a + b), ("Take {a} from {b}.", lambda a, b: b - a),
+    ("Double {a}.", lambda a, b: 2 * a), ("Which is larger, {a} or {b}?", max),
+    ("Which is smaller, {a} or {b}?", min), ("How far is it from {a} to {b}?", lambda a, b: abs(a - b)))
+ORDERS = (("older", "oldest", "youngest"), ("taller", "tallest", "shortest"))
+
+
 def math_question(rng):
-    if rng.random() < 0.3:
-        return order_question(rng)
-    problem, _, steps = math_problem(SmallNumbers(rng.random()), "english", set()).partition("\n")
-    right = final_answer(steps)
-    return Question(problem.partition(": ")[2], steps, lambda text: final_answer(text) == right)
-
-
-ORDERS = (("older", "oldest", "youngest"), ("taller", "tallest", "shortest"),
-          ("faster", "fastest", "slowest"))
-
-
-def order_question(rng):
-    """Logic: who of three is first or last, from two comparisons in any order."""
-    (more, first, last), people = rng.choice(ORDERS), rng.sample(PEOPLE, 3)
-    told = [f"{a} is {more} than {b}." for a, b in zip(people, people[1:])]
-    asked, right = rng.choice(((first, people[0]), (last, people[2])))
-    return Question(" ".join([*rng.sample(told, 2), f"Who is the {asked}?"]), f"Answer: {right}",
-                    lambda text: final_answer(text) == right)
+    """A sum, the next number of a sequence, or logic: who of three is first or last?"""
+    kind, a, b = rng.choice(("sum",) * 3 + ("sequence", "order")), rng.randrange(2, 20), rng.randrange(2, 20)
+    if kind == "sum":
+        text, solve = rng.choice(SMALL_SUMS)
+        asked, right = text.format(a=a, b=b), str(solve(a, b))
+    elif kind == "sequence":
+        d = rng.randrange(1, 6)
+        asked, right = f"Which number comes next: {a}, {a + d}, {a + 2 * d}?", str(a + 3 * d)
+    else:
+        (more, first, last), people = rng.choice(ORDERS), rng.sample(PEOPLE[:6], 3)
+        told = [f"{one} is {more} than {two}." for one, two in zip(people, people[1:])]
+        most, right = rng.choice(((first, people[0]), (last, people[2])))
+        asked = " ".join([*rng.sample(told, 2), f"Who is the {most}?"])
+    return Question(asked, f"Answer: {right}", lambda text: final_answer(text) == right)
 
 
 # --- following instructions: constraints checked by code, and a check for claims that replace compliance ---
 
-TOPICS = (*GOODS, "bread", "music", "rain", "snow", "fire", "gold")
-QUALITIES = "old good bright small quiet fine rare simple warm heavy".split()
-COUNT_WORDS = "zero one two three four five six seven".split()
+TOPICS = "glass wool copper salt paper honey bread music".split()
+QUALITIES = "old good bright small fine rare warm heavy".split()
 # R 3.2.1 "hack-check": an answer that speaks of its own compliance earns nothing, whether it complies or not
 CLAIM = re.compile(r"\bas (?:you )?(?:asked|requested|required|wished)"
                    r"|\b(?:I|this (?:answer|text)) (?:have |has )?"
@@ -4648,16 +4643,16 @@ def words_of(text):
 
 
 def instruction_question(rng):
-    """A description of a thing in so many words, or as a list, with one more constraint or two."""
-    topic, n, as_list = rng.choice(TOPICS), rng.randrange(2, 6), rng.random() < 0.25
+    """A description of a thing in so many words, or as a list, with up to two more constraints."""
+    topic, n, as_list = rng.choice(TOPICS), rng.randrange(2, 5), rng.random() < 0.2
     words = rng.sample(QUALITIES, len(QUALITIES))
     first, avoided = words[0], words[-1]
     asked = {"begin": f" Begin with {first}.", "avoid": f" Do not say {avoided}.", "lower": " No capitals."}
-    wanted = rng.sample(list(asked), rng.randrange(1, 3))
+    wanted = rng.sample(list(asked), rng.choice((0, 1, 1, 2)))
     if as_list:
-        answer, form = "\n".join(f"- {word} {topic}" for word in words[:n]), f"in a list of {COUNT_WORDS[n]}."
+        answer, form = "\n".join(f"- {word} {topic}" for word in words[:n]), f"in a list of {COUNTED[n]}."
     else:
-        answer, form = " ".join([*words[: n - 1], topic]), f"in {COUNT_WORDS[n]} words."
+        answer, form = " ".join([*words[: n - 1], topic]), f"in {COUNTED[n]} words."
         answer = answer if "lower" in wanted else f"{answer.capitalize()}."
 
     def worth(text):
@@ -4750,7 +4745,11 @@ def code_question(rng):
     # stays outside the sandbox, so that no program can look it up
     expected = "".join(f"{function(x, a)!r}\n" for x in inputs)
 
+    answer = f"def {name}(x):\n    return {source.format(a=a)}"
+
     def worth(text):
+        if text == answer:
+            return True
         try:
             body = ast.parse(text).body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -4759,8 +4758,7 @@ def code_question(rng):
             return False
         return printed(f"{text}\nfor x in {inputs!r}:\n    print(repr({name}(x)))\n") == expected
 
-    return Question(f"Write a Python function {name}(x) that returns {task.format(a=a)}.",
-                    f"def {name}(x):\n    return {source.format(a=a)}", worth)
+    return Question(f"Write a Python function {name}(x) that returns {task.format(a=a)}.", answer, worth)
 
 
 # --- safety: attacks that evolve against the policy; harmless twins, so that refusing all is worth little ---
@@ -5239,11 +5237,11 @@ class Controller:
     """The centre of R 3.3's loop, sampler and trainer in one process over the same weights: starts groups,
     plays them, rewards those that have ended, and keeps the rest for the next iteration."""
 
-    def __init__(self, model, job, pool):
+    def __init__(self, model, job, pool, toolbox):
         run = job.run
-        self.run, self.tok, self.pool = run, job.tok, pool
+        self.run, self.pool, self.toolbox = run, pool, toolbox
         self.engine = Engine(model, job.tok, f"{run.seed} {run.rl_seed}", run.rl_budget, recompute=run.rl_recompute)
-        self.critic, self.toolbox = Critic(model, job.tok), toolbox_of(run)[0]
+        self.critic = Critic(model, job.tok)
         self.flight, self.started, self.asked = [], 0, 0  # groups under way; rollouts and prompts so far
         self.attacks, self.passed = Attacks(), {}  # {seed of a prompt: share of its answers that were right}
 
@@ -5374,7 +5372,7 @@ def play_prompts(controller, prompts, samples, temperature=1.0):
     return groups
 
 
-def choose_prompts(job, model):
+def choose_prompts(job, model, toolbox):
     """(pool {domain: [prompt with "passed"]}, pairs with known order), made once: data/rl_prompts.json.
 
     R 3.2.1 keeps prompts of moderate difficulty, by the SFT model's pass@k (K1.5: ten samples at a high
@@ -5383,9 +5381,10 @@ def choose_prompts(job, model):
     """
     run, path = job.run, job.out / "data" / "rl_prompts.json"
     if not path.exists():
-        controller, pool = Controller(model, job, {}), {}
+        controller, pool = Controller(model, job, {}, toolbox), {}
         for domain in (*VERIFIABLE, "subjective"):
-            prompts = [{"domain": domain, "seed": f"{run.seed} {run.rl_seed} train {i}"} for i in range(run.rl_pool)]
+            prompts = [{"domain": domain, "seed": f"{run.seed} {run.rl_seed} train {i}"}
+                       for i in range(run.rl_pool)]
             for prompt, group in zip(prompts, play_prompts(controller, prompts, run.rl_pass)):
                 prompt["passed"] = sum(rollout.reward for rollout in group) / len(group)
             moderate = [prompt for prompt in prompts if 0 < prompt["passed"] < 1 or domain == "subjective"]
@@ -5898,13 +5897,14 @@ def rl(job):
     began = time.perf_counter()
     model, _ = load_pretrained(start, job.device)
     model.recompute = run.recompute
-    pool, pairs = choose_prompts(job, model)
+    toolbox, _ = toolbox_of(run)
+    pool, pairs = choose_prompts(job, model, toolbox)
     rows = max(1, 2048 // run.sft_len)
     sources = {name: dialogs[:400] for name, dialogs in sft_sources(job).items()}
     dialogs = Dialogs(sources, job.tok, run.sft_weights, run.seed, rows * run.rl_steps, run.sft_len)
     opt = MuonClip(model, lr=run.rl_lr, weight_decay=run.weight_decay, momentum=run.momentum, kind="muon")
     compile_blocks(model, job)
-    controller = Controller(model, job, pool)
+    controller, examiner = Controller(model, job, pool, toolbox), Controller(model, job, {}, toolbox)
     context = model.cfg.max_position_embeddings, model.cfg.rope_scaling
     course = [Phase("rl", 0, run.rl_steps, 0, 0, {}, context, 0.0)]
 
@@ -5915,7 +5915,7 @@ def rl(job):
             text = job.data.batch(run.seed, step, max(1, 2048 // run.seq_len), run.seq_len, job.device)
             others = [(others[0][0], run.ptx_weight / 2), (text, run.ptx_weight / 2)]
         if known:
-            told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known[:16]
+            told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known[:8]
                     for order, best in (((better, worse), "A"), ((worse, better), "B"))]
             others.append((padded(told, job.tok, job.device), run.critic_weight))
         ids = torch.tensor([i for group in groups for rollout, _ in group for i in rollout.ids])
@@ -5932,7 +5932,7 @@ def rl(job):
 
     def evaluate(step, phase):
         n = run.rl_tasks if step in (0, run.rl_steps) else min(50, run.rl_tasks)
-        hits = gym_hits(model, job, n)
+        hits = gym_hits(examiner, job, n)
         row = {"gym": {domain: sum(found) / n for domain, found in hits.items()}}
         right, bias = accuracy(controller.critic, pairs) if pairs else (0.5, 0.5)
         row |= {"critic": right, "critic_bias": bias - 0.5}
@@ -6126,9 +6126,8 @@ def tool_success(model, job, n, classes=tuple(SUCCESS), at_once=256):
     return success, transcript
 
 
-def gym_hits(model, job, n):
+def gym_hits(controller, job, n):
     """{domain: [1 if a held-out request was answered right, else 0]}, greedy, n a domain, always the same."""
-    controller = Controller(model, job, {})
     hits = {}
     with job.autocast():
         for domain in VERIFIABLE:

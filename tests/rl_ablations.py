@@ -62,19 +62,22 @@ def measure(run_folder, out, changes):
 
 def line(name, found):
     """A row of the table, the mean over seeds."""
-    def mean(value):
-        return statistics.mean(map(value, found))
+    def mean(*keys):
+        values = found
+        for key in keys:
+            values = [facts[key] for facts in values]
+        return statistics.mean(values)
 
-    gains = [100 * facts["gain"]["mean"] for facts in found]
-    spread = f"{gains[0]:+.1f} ({100 * found[0]['gain']['low']:+.1f} to {100 * found[0]['gain']['high']:+.1f})" \
-        if len(found) == 1 else f"{statistics.mean(gains):+.1f} ({', '.join(f'{gain:+.1f}' for gain in gains)})"
-    cells = [spread] + [f"{mean(lambda f: f[a]):.2f} - {mean(lambda f: f[b]):.2f}" for a, b in (
-        ("reward_first", "reward_last"), ("critic_first", "critic_last"))]
-    cells += [" - ".join(f"{mean(lambda f: f[key][i]):{digits}}" for i in (0, 1))
-              for key, digits in (("length", ".1f"), ("truncated", ".0%"))]
-    cells += [f"{mean(lambda f: f['val_bpb_after'] - f['val_bpb_before']):+.3f}"
-              if "val_bpb_after" in found[0] else "-",
-              f"{mean(lambda f: f['idle']):.0%}", f"{mean(lambda f: f['rollout_seconds']):.1f}"]
+    gains = ", ".join(f"{100 * facts['gain']['mean']:+.1f}" for facts in found)
+    if len(found) == 1:
+        gains = f"{100 * mean('gain', 'low'):+.1f} to {100 * mean('gain', 'high'):+.1f}"
+    cells = [f"{100 * mean('gain', 'mean'):+.1f} ({gains})"]
+    cells += [f"{mean(f'{key}_first'):.2f} - {mean(f'{key}_last'):.2f}" for key in ("reward", "critic")]
+    cells += [f"{mean('length', 0):.1f} - {mean('length', 1):.1f}",
+              f"{mean('truncated', 0):.0%} - {mean('truncated', 1):.0%}"]
+    forgotten = "val_bpb_after" in found[0]
+    cells += [f"{mean('val_bpb_after') - mean('val_bpb_before'):+.3f}" if forgotten else "-",
+              f"{mean('idle'):.0%}", f"{mean('rollout_seconds'):.1f}"]
     return f"| {name} | " + " | ".join(cells) + " |"
 
 

@@ -173,7 +173,7 @@ def test_gradient_of_the_model_is_the_formulas(model, tok, length):
     tool results are masked: other log-probabilities of theirs change nothing."""
     groups, tau = [], 0.8
     for seed in range(3):
-        rollouts = some_rollouts(tok, 4, seed, f"Describe copper in {train.COUNT_WORDS[seed + 2]} words.")
+        rollouts = some_rollouts(tok, 4, seed, f"Describe copper in {train.COUNTED[seed + 2]} words.")
         rewards = [0.0, 1.0, 0.5, 1.0]
         groups.append([(r, reward - sum(rewards) / 4) for r, reward in zip(rollouts, rewards)])
     model.zero_grad()
@@ -372,7 +372,8 @@ def test_programs_are_judged_by_their_tests_and_cannot_reach_them():
         for program in (
             f"def {name}(x):\n    return None", f"def {name}(x):\n    print({body})",
             f"def other(x):\n    return {body}", f"{name} = lambda x: {body}",
-            f"{q.answer}\nprint({name}(1))", f"import os\n{q.answer}", f"def {name}(x):\n    import os; os._exit(0)", f"def {name}(x:\n",
+            f"{q.answer}\nprint({name}(1))", f"import os\n{q.answer}", f"def {name}(x:\n",
+            f"def {name}(x):\n    import os; os._exit(0)",
             "(" * 3000, "\0", f"class E:\n    __eq__ = lambda *_: True\ndef {name}(x):\n    return E()",
             f"def {name}(x):\n    class E:\n        __eq__ = lambda *_: True\n    return E()",
         ):
@@ -646,16 +647,16 @@ def test_rollouts_under_way_survive_a_checkpoint(finished):
     run, cfg = train.configure(saved["run"], saved["model"])
     model, tok = load_pretrained(out / "model_sft")
     job = train.Job(run, cfg, out, torch.device("cpu"), tok, None)
-    pool, _ = train.choose_prompts(job, model)
+    pool, _ = train.choose_prompts(job, model, box := train.toolbox_of(run)[0])
     states = []
     for broken in (False, True):
-        controller = train.Controller(model, job, pool)
+        controller = train.Controller(model, job, pool, box)
         for step in range(3):
             controller.iteration(step)
             if broken:
                 state = controller.state_dict()
                 assert state["tensors"], "nothing under way"
-                controller = train.Controller(model, job, pool)
+                controller = train.Controller(model, job, pool, box)
                 controller.load_state_dict({"facts": json.loads(json.dumps(state["facts"])),
                                             "tensors": state["tensors"]})
         states.append(controller.state_dict())
