@@ -5240,7 +5240,8 @@ class Controller:
     def __init__(self, model, job, pool, toolbox):
         run = job.run
         self.run, self.pool, self.toolbox = run, pool, toolbox
-        self.engine = Engine(model, job.tok, f"{run.seed} {run.rl_seed}", run.rl_budget, recompute=run.rl_recompute)
+        self.engine = Engine(model, job.tok, f"{run.seed} {run.rl_seed}", run.rl_budget,
+                             recompute=run.rl_recompute)
         self.critic = Critic(model, job.tok)
         self.flight, self.started, self.asked = [], 0, 0  # groups under way; rollouts and prompts so far
         self.attacks, self.passed = Attacks(), {}  # {seed of a prompt: share of its answers that were right}

@@ -46,7 +46,8 @@ def measure(run_folder, out, changes):
         if not (out / "data" / path.name).exists() and path.name != "rl_prompts.json":
             (out / "data" / path.name).symlink_to(path.resolve())
     data = train.TokenFiles(out / "data") if (out / "data" / "index.json").exists() else None
-    job = train.Job(run, cfg, out, train.pick_device(run.device), Tokenizer.load(run_folder / "model_sft"), data)
+    tok = Tokenizer.load(run_folder / "model_sft")
+    job = train.Job(run, cfg, out, train.pick_device(run.device), tok, data)
     seconds, facts = train.rl(job)
     trained = [row for row in train.read_metrics(out) if "reward" in row]
     tenth = max(1, len(trained) // 10)
