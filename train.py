@@ -150,7 +150,7 @@ class RunConfig:
     rl_weights: dict | None = None  # weights of the domains' rewards, as math=2,safety=1; none: all 1
     rl_pool: int | None = None  # prompts of each domain that are tried for the pool
     rl_pass: int = 8  # the k of pass@k, by which prompts of moderate difficulty are chosen
-    rl_row: int = 256  # tokens of a row of training: a prompt and as many of its answers as fit
+    rl_row: int = 512  # tokens of a row of training: a prompt and as many of its answers as fit
     rl_tasks: int = 500  # held-out prompts of each domain that measure RL
     ptx_weight: float = 0.1  # weight of the language-modelling loss on dialogs and text (none published)
     critic_weight: float = 0.1  # weight of the critic's loss on pairs of known order; 0: no closed loop
@@ -4921,6 +4921,7 @@ class Rollout:
     turn: int = 0  # where in ids the current turn begins
     reward: float | None = None  # None: it has not ended
     truncated: bool = False
+    paused: bool = False  # some of it was said in an earlier iteration, by other weights
     latent: torch.Tensor | None = None  # (L, S, R + rope) of ids[:S]
     env: typing.Any = None
 
@@ -4969,8 +4970,9 @@ class Engine:
         self.model.eval()
         limit = {id(rollout): min(self.most(rollout), len(rollout.said) + (segment or self.budget))
                  for rollout in rollouts}
-        if self.recompute:
-            for rollout in rollouts:
+        for rollout in rollouts:
+            rollout.paused |= bool(rollout.said)
+            if self.recompute:
                 rollout.latent = None
         playing = [rollout for rollout in rollouts if rollout.reward is None]
         with ThreadPoolExecutor(4) as pool:  # environments run beside one another, like services
@@ -5136,10 +5138,16 @@ def answer_logps(model, tokens, targets, document, position, answer, temperature
 
 def accumulate_policy(model, job, groups, tau):
     """Forward and backward of the objective over all answers of `groups` [[(rollout, advantage)]], in
-    micro-batches. Returns (loss, mean of the squared log-ratio)."""
+    micro-batches. Returns (loss, mean of the squared log-ratio).
+
+    In the first step on one policy's own answers the log-ratio is zero, and a group whose rewards are all
+    alike has no gradient: it counts, but is not computed.
+    """
     run = job.run
     advantage = {id(rollout): value for group in groups for rollout, value in group}
-    rows = [row for group in groups for row in answer_rows([rollout for rollout, _ in group], run.rl_row)]
+    moving = [[rollout for rollout, _ in group] for group in groups if run.rl_updates > 1 or any(
+        value or rollout.paused for rollout, value in group)]
+    rows = [row for group in moving for row in answer_rows(group, run.rl_row)]
     rows.sort(key=lambda row: sum(len(rollout.ids) for rollout in row))
     each, n, total, drift = max(1, run.micro_batch * run.seq_len // run.rl_row), len(advantage), 0.0, 0.0
     for part in (rows[i : i + each] for i in range(0, len(rows), each)):
@@ -5213,7 +5221,7 @@ def accuracy(critic, pairs):
     return (wins > 0.5).float().mean().item(), bias
 
 
-def judge_group(critic, rollouts, neighbours=2):
+def judge_group(critic, rollouts, neighbours=1):
     """Rewards of a group without a checker: each answer meets its next neighbours in a ring, in both orders,
     and its reward is its mean chance to win (the report does not say how wins become a reward: UNCONFIRMED).
     Who broke a prescriptive rule, ended empty or over budget, has lost: 0."""

@@ -22,6 +22,7 @@ from kimi_k2 import Tokenizer  # noqa: E402
 
 VARIANTS = {
     "report": {},
+    "no rewards, PTX and critic alone": {"rl_weights": dict.fromkeys(train.TASK_BUDGETS, 0.0)},
     "without PTX": {"ptx_weight": 0.0},
     "without budget": {"rl_penalty": 0.0, "rl_budget": 256},
     "without temperature decay": {"rl_temperature_end": 1.0},

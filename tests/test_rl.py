@@ -176,8 +176,12 @@ def test_gradient_of_the_model_is_the_formulas(model, tok, length):
         rollouts = some_rollouts(tok, 4, seed, f"Describe copper in {train.COUNTED[seed + 2]} words.")
         rewards = [0.0, 1.0, 0.5, 1.0]
         groups.append([(r, reward - sum(rewards) / 4) for r, reward in zip(rollouts, rewards)])
+    settled = [(r, 0.0) for r in some_rollouts(tok, 4, 9)]  # rewards all alike: counted, with no gradient
+    for rollout, _ in settled:
+        rollout.logp = [alone(model, rollout).item() / len(rollout.said)] * len(rollout.said)
+    groups.append(settled)
     model.zero_grad()
-    total = sum((a - tau * (alone(model, r) - sum(r.logp))) ** 2 for group in groups for r, a in group) / 12
+    total = sum((a - tau * (alone(model, r) - sum(r.logp))) ** 2 for group in groups for r, a in group) / 16
     total.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -507,7 +511,7 @@ def test_flattering_the_critic_does_not_pay(subjective_group):
 
 def test_win_rates_of_a_ring(subjective_group):
     rewards, _ = train.judge_group(critic := Fond(), subjective_group[:1] * 5)
-    assert rewards == [0.5] * 5 and len(critic.asked) == 10
+    assert rewards == [0.5] * 5 and len(critic.asked) == 5
     assert all(rubric and request for request, rubric, *_ in critic.asked)
 
 
