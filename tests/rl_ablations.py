@@ -11,6 +11,7 @@ what is there is not measured again. All switches are those of train.py.
 import argparse
 import dataclasses
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ VARIANTS = {
 
 
 def measure(run_folder, out, changes):
-    """Facts of one run of the stage `rl` with changed settings, from the log that it leaves in `out`."""
+    """Facts of one run of the stage `rl` with changed settings, from the log that it leaves in `out`. All
+    variants of a seed have the same prompts."""
     saved = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
     known = {field.name for field in dataclasses.fields(train.RunConfig)}
     given = {key: value for key, value in saved["run"].items() if key in known}
@@ -46,10 +48,14 @@ def measure(run_folder, out, changes):
     for path in (run_folder / "data").iterdir():
         if not (out / "data" / path.name).exists() and path.name != "rl_prompts.json":
             (out / "data" / path.name).symlink_to(path.resolve())
+    prompts = out.parent / f"prompts_{run.rl_seed}.json"
+    if prompts.exists():
+        shutil.copy(prompts, out / "data" / "rl_prompts.json")
     data = train.TokenFiles(out / "data") if (out / "data" / "index.json").exists() else None
     tok = Tokenizer.load(run_folder / "model_sft")
     job = train.Job(run, cfg, out, train.pick_device(run.device), tok, data)
     seconds, facts = train.rl(job)
+    shutil.copy(out / "data" / "rl_prompts.json", prompts)
     trained = [row for row in train.read_metrics(out) if "reward" in row]
     tenth = max(1, len(trained) // 10)
 
