@@ -5907,7 +5907,8 @@ def rl(job):
     model, _ = load_pretrained(start, job.device)
     model.recompute = run.recompute
     toolbox, _ = toolbox_of(run)
-    pool, pairs = choose_prompts(job, model, toolbox)
+    with job.autocast():
+        pool, pairs = choose_prompts(job, model, toolbox)
     rows = max(1, 2048 // run.sft_len)
     sources = {name: dialogs[:400] for name, dialogs in sft_sources(job).items()}
     dialogs = Dialogs(sources, job.tok, run.sft_weights, run.seed, rows * run.rl_steps, run.sft_len)
@@ -5918,7 +5919,8 @@ def rl(job):
     course = [Phase("rl", 0, run.rl_steps, 0, 0, {}, context, 0.0)]
 
     def batch_of(step, phase):
-        groups, known, figures = controller.iteration(step)
+        with job.autocast():
+            groups, known, figures = controller.iteration(step)
         others = [(dialogs.batch(step, rows, job.device), run.ptx_weight)]
         if job.data:
             text = job.data.batch(run.seed, step, max(1, 2048 // run.seq_len), run.seq_len, job.device)
@@ -5941,9 +5943,10 @@ def rl(job):
 
     def evaluate(step, phase):
         n = run.rl_tasks if step in (0, run.rl_steps) else min(50, run.rl_tasks)
-        hits = gym_hits(examiner, job, n)
+        with job.autocast():
+            hits = gym_hits(examiner, n)
+            right, bias = accuracy(controller.critic, pairs) if pairs else (0.5, 0.5)
         row = {"gym": {domain: sum(found) / n for domain, found in hits.items()}}
-        right, bias = accuracy(controller.critic, pairs) if pairs else (0.5, 0.5)
         row |= {"critic": right, "critic_bias": bias - 0.5}
         if job.data:
             row["val_bpb"] = bits_per_byte(model, job, run.eval_tokens)
@@ -6135,13 +6138,12 @@ def tool_success(model, job, n, classes=tuple(SUCCESS), at_once=256):
     return success, transcript
 
 
-def gym_hits(controller, job, n):
+def gym_hits(controller, n):
     """{domain: [1 if a held-out request was answered right, else 0]}, greedy, n a domain, always the same."""
     hits = {}
-    with job.autocast():
-        for domain in VERIFIABLE:
-            prompts = [{"domain": domain, "seed": f"{job.run.seed} held out {i}"} for i in range(n)]
-            hits[domain] = [int(group[0].reward == 1) for group in play_prompts(controller, prompts, 1, 0.0)]
+    for domain in VERIFIABLE:
+        prompts = [{"domain": domain, "seed": f"{controller.run.seed} held out {i}"} for i in range(n)]
+        hits[domain] = [int(group[0].reward == 1) for group in play_prompts(controller, prompts, 1, 0.0)]
     return hits
 
 
