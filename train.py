@@ -5264,8 +5264,8 @@ class Controller:
         return self.run.rl_temperature + share * (self.run.rl_temperature_end - self.run.rl_temperature)
 
     def choose(self, step, n):
-        """n prompts, from the domains in turn: those of the pool asked least, the harder the likelier (prioritized), or
-        first the easy ones (curriculum)."""
+        """n prompts, from the domains in turn: those of the pool that were asked least, or the harder the
+        likelier (prioritized), or first the easy ones (curriculum)."""
         rng, chosen = random.Random(f"prompts {self.run.seed} {self.run.rl_seed} {step}"), []
         for _ in range(n):
             domain = list(self.pool)[self.asked % len(self.pool)]
@@ -5279,7 +5279,7 @@ class Controller:
                 reach = math.ceil(len(order) * (0.3 + 0.7 * step / max(1, self.run.rl_steps - 1)))
                 prompt = prompts[rng.choice(order[:reach])]
             else:
-                prompt = min(rng.sample(prompts, min(8, len(prompts))), key=lambda p: self.seen[p["seed"]])
+                prompt = min(prompts, key=lambda prompt: (self.seen[prompt["seed"]], rng.random()))
             self.seen[prompt["seed"]] += 1
             if domain == "safety" and rng.random() < 0.5:  # the pool has the harmless twins
                 prompt = {**prompt, "attack": self.attacks.draw(rng)}

@@ -553,6 +553,26 @@ def test_pairs_of_known_order_come_from_right_and_wrong_answers():
     assert train.known_order(group[:1]) is None and train.known_order(group[1:]) is None
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "prioritized", "curriculum"])
+def test_which_prompts_are_chosen(model, tok, sampling):
+    run, cfg = train.configure({"preset": "nano", "rl_steps": 10, "rl_sampling": sampling}, {})
+    job = train.Job(run, cfg, None, torch.device("cpu"), tok, None)
+    pool = {domain: [{"domain": domain, "seed": f"0 0 train {i}", "passed": (i + 1) / 42} for i in range(40)]
+            for domain in ("math", "code")}
+    controller = train.Controller(model, job, pool, None)
+    chosen = [controller.choose(step, 8) for step in range(10)]
+    assert all(sum(prompt["domain"] == "math" for prompt in prompts) == 4 for prompts in chosen)
+    rates = [[prompt["passed"] for prompt in prompts] for prompts in chosen]
+    first, everywhere = sum(rates[0]) / 8, sum(map(sum, rates)) / 80
+    asked = [prompt["seed"] for prompts in chosen for prompt in prompts if prompt["domain"] == "math"]
+    if sampling == "uniform":
+        assert len(set(asked)) == len(asked) == 40  # none twice before all were asked once
+    if sampling == "prioritized":
+        assert everywhere < 0.45
+    if sampling == "curriculum":
+        assert min(rates[0]) > 0.7 and first > everywhere + 0.1 and min(rates[-1]) < 0.5
+
+
 def test_the_interval_of_a_paired_gain():
     rng = random.Random(0)
     before = {name: "".join(rng.choice("01") for _ in range(400)) for name in "ab"}
