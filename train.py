@@ -4874,11 +4874,15 @@ TASK_BUDGETS = {"math": 1.0, "instruction": 0.5, "faithful": 0.75, "code": 0.6, 
                 "subjective": 0.75}  # R 3.2.3: by type of task; shares of rl_budget, ours
 
 
+def name_of(prompt):
+    return f"{prompt['domain']} {prompt['seed']}"
+
+
 def environment(prompt, toolbox=None):
     """The task that a prompt {"domain", "seed", "attack"?} stands for, always the same. One request in eight
     is held out: prompts whose seed says so are of these, all others are not."""
     domain, held_out = prompt["domain"], "held out" in prompt["seed"]
-    rng = random.Random(f"{domain} {prompt['seed']}")
+    rng = random.Random(name_of(prompt))
     if domain == "tools":
         kind = rng.choice(("single", "single", "parallel", "multi", "none", "failing"))
         return ToolUse(toolbox.scene(f"{prompt['seed']} gym", [kind], "seen"))
@@ -5255,8 +5259,8 @@ class Controller:
                              recompute=run.rl_recompute)
         self.critic = Critic(model, job.tok)
         self.flight, self.started, self.asked = [], 0, 0  # groups under way; rollouts and prompts so far
-        self.attacks, self.passed = Attacks(), {}  # {seed of a prompt: share of its answers that were right}
-        self.seen = collections.Counter()  # {seed of a prompt: times asked}
+        self.attacks, self.passed = Attacks(), {}  # {name of a prompt: share of its answers that were right}
+        self.seen = collections.Counter()  # {name of a prompt: times asked}
 
     def temperature(self, step):
         """R 3.2.3: explore first, exploit later. The shape is not published; ours is a straight line."""
@@ -5271,7 +5275,7 @@ class Controller:
             domain = list(self.pool)[self.asked % len(self.pool)]
             self.asked += 1
             prompts = self.pool[domain]
-            rates = [self.passed.get(prompt["seed"], prompt["passed"]) for prompt in prompts]
+            rates = [self.passed.get(name_of(prompt), prompt["passed"]) for prompt in prompts]
             if self.run.rl_sampling == "prioritized":
                 prompt = rng.choices(prompts, [1.05 - rate for rate in rates])[0]
             elif self.run.rl_sampling == "curriculum":
@@ -5279,8 +5283,8 @@ class Controller:
                 reach = math.ceil(len(order) * (0.3 + 0.7 * step / max(1, self.run.rl_steps - 1)))
                 prompt = prompts[rng.choice(order[:reach])]
             else:
-                prompt = min(prompts, key=lambda prompt: (self.seen[prompt["seed"]], rng.random()))
-            self.seen[prompt["seed"]] += 1
+                prompt = min(prompts, key=lambda prompt: (self.seen[name_of(prompt)], rng.random()))
+            self.seen[name_of(prompt)] += 1
             if domain == "safety" and rng.random() < 0.5:  # the pool has the harmless twins
                 prompt = {**prompt, "attack": self.attacks.draw(rng)}
             chosen.append(prompt)
@@ -5323,8 +5327,8 @@ class Controller:
                 self.attacks.learn(prompt["attack"], len(group) - right, len(group))
                 attacked.append(1 - right / len(group))
             elif domain != "subjective":
-                old = self.passed.get(prompt["seed"], prompt["passed"])
-                self.passed[prompt["seed"]] = (old + right / len(group)) / 2
+                old = self.passed.get(name_of(prompt), prompt["passed"])
+                self.passed[name_of(prompt)] = (old + right / len(group)) / 2
             by_domain.setdefault(domain, []).append(sum(rewards) / len(rewards))
             if pair := known_order(group):
                 pairs.append(pair)
