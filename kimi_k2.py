@@ -1261,11 +1261,12 @@ class KimiK2(nn.Module):
         for layer in self.model.layers:
             layer.self_attn.scale = softmax_scale(self.cfg)
 
-    def hidden(self, tokens, cache=None, absorb=None, document=None):
+    def hidden(self, tokens, cache=None, absorb=None, document=None, position=None):
         """Ids (B, T) -> normalised hidden states (B, T, C), those that lm_head reads.
 
         `document` (B, T) numbers the texts that share a row: none sees another. RoPE knows only distances,
-        so each is read as if it stood alone.
+        so each is read as if it stood alone. With `position` (B, T) they go on from one beginning, document
+        0, which all of them see: many answers to a prompt for the price of one prompt.
         """
         try:
             x = self.model.embed_tokens(tokens)
@@ -1274,13 +1275,16 @@ class KimiK2(nn.Module):
             raise ValueError(f"token id {bad} is outside the vocabulary of {self.cfg.vocab_size}") from None
         T, past = tokens.shape[1], cache.length if cache is not None else 0
         padding = cache.padding if cache is not None else None
-        position = torch.arange(past, past + T, device=x.device)
+        branches = position is not None
+        if position is None:
+            position = torch.arange(past, past + T, device=x.device)
         if padding is not None:
             position = (position - padding[:, None]).clamp_(min=0)  # (B, T)
         rotary = rope_table(position, self.rope_w, self.rope_factor)
         mask = causal_mask(T, past + T, padding, x.device)
         if document is not None:
             same = document[:, :, None] == document[:, None]  # (B, T, T)
+            same = same | (document == 0)[:, None] if branches else same
             mask = same.tril().unsqueeze(1)
         record = self.training and torch.is_grad_enabled() and cache is None
         s_max, routing = [], []

@@ -114,9 +114,10 @@ def command(*arguments):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The whole recipe, uninterrupted: (folder, seconds)."""
+    """The recipe up to fine-tuning, uninterrupted: (folder, seconds)."""
     out, began = tmp_path_factory.mktemp("sft") / "whole", time.perf_counter()
-    subprocess.run(command(*FAST, "--out", out), check=True, capture_output=True)
+    for stage in ("pretrain", "sft"):
+        subprocess.run(command(stage, *FAST, "--out", out), check=True, capture_output=True)
     return out, time.perf_counter() - began
 
 
@@ -150,7 +151,7 @@ def test_the_recipe_leaves_models_and_a_report(finished):
 def test_the_same_command_again_does_nothing(finished):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    subprocess.run(command(*FAST, "--out", out), check=True, capture_output=True)
+    subprocess.run(command("sft", *FAST, "--out", out), check=True, capture_output=True)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
@@ -161,14 +162,14 @@ def test_killed_while_tuning_resumes_bit_identical(finished, tmp_path, seed):
     out, rng = tmp_path / "killed", random.Random(seed)
     subprocess.run(command("pretrain", *FAST, "--out", out), check=True, capture_output=True)
     for _ in range(2):
-        process = subprocess.Popen(command(*FAST, "--out", out), stdout=subprocess.DEVNULL,
+        process = subprocess.Popen(command("sft", *FAST, "--out", out), stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         try:
             process.wait(timeout=rng.uniform(3, 9))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    subprocess.run(command("--resume", "--out", out), check=True, capture_output=True)
+    subprocess.run(command("sft", "--resume", "--out", out), check=True, capture_output=True)
     assert sft_weights(out) == sft_weights(whole)
 
 
