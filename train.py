@@ -197,7 +197,7 @@ RUN_DEFAULTS = {
                  rl_steps=4, rl_lr=1e-3, rl_prompts=14, rl_samples=4, rl_budget=24, rl_segment=12, rl_pool=6),
     "tiny": dict(steps=1000, drill_steps=300, yarn_steps=60, batch_size=16, seq_len=128, lr=6e-3, warmup=20,
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
-                 trajectories=5000, sft_steps=500, sft_lr=3e-3, sft_len=256,
+                 trajectories=5000, sft_steps=600, sft_lr=2e-3, sft_len=256,
                  rl_steps=16, rl_lr=3e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
                  rl_pool=300),
     "small": dict(steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200, tau=100.0,
@@ -4335,8 +4335,8 @@ def drill_documents(run, count=4_000):
 # Sizes, mixture and packing of the report's SFT are not published: these are ours.
 
 SFT_WEIGHTS = {  # shares of the tokens
-    "tools": 0.58, "chat": 0.03, "knowledge": 0.06, "math": 0.08, "critic": 0.08, "instruction": 0.05,
-    "faithful": 0.05, "code": 0.02, "safety": 0.02, "subjective": 0.03}
+    "tools": 0.45, "pages": 0.25, "chat": 0.02, "knowledge": 0.03, "math": 0.06, "critic": 0.05,
+    "instruction": 0.05, "faithful": 0.04, "code": 0.02, "safety": 0.02, "subjective": 0.01}
 CHAT = (  # talk of which nothing is looked up
     ("Hello!", "Hello! How can I help?"),
     ("Hi, I am {who}.", "{who}, how can I help?"),
@@ -4448,19 +4448,23 @@ def sft_sources(job):
     sources["critic"] += gym_critic_dialogs(rng, n // 2, run.seed)
     if world := training_world(job.out):
         sources["knowledge"] = list(knowledge_dialogs(rng, world))
+    # a toy soon forgets how to copy, unless it goes on to read the pages that taught it
+    pages = (*tool_documents(run, n // 3), *drill_documents(run, n // 3))
+    sources["pages"] = [page for page in pages if page["split"] == "train"]
     return sources
 
 
 class Dialogs:
-    """Rendered dialogs, drawn by weight and packed: what the rows of every step hold is settled beforehand
-    from the seed alone, so that a resumed run sees the same rows."""
+    """Rendered dialogs, or documents, drawn by weight and packed: what the rows of every step hold is settled
+    beforehand from the seed alone, so that a resumed run sees the same rows."""
 
     def __init__(self, sources, tok, weights, seed, n_rows, length):
         self.length, self.cut = length, 0
         self.dialogs, by_source = [], {}
         for name, dialogs in sources.items():
             for dialog in dialogs:
-                ids, mask = tok.render(dialog["messages"], dialog.get("tools"))
+                ids, mask = (encoded(dialog, tok) if "text" in dialog
+                             else tok.render(dialog["messages"], dialog.get("tools")))
                 self.cut += len(ids) > length + 1
                 if any(mask[1 : length + 1]):
                     by_source.setdefault(name, []).append(len(self.dialogs))

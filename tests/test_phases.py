@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 DATA = SimpleNamespace(weights={"web": 1.0}, anneal_weights={"math": 1.0})
 SHORT = ["--preset", "nano", "--max_documents", "8", "--threads", "1", "--steps", "10", "--anneal_steps", "5"]
 SHORT += [
+    "--drill_steps",
+    "3",
     "--long_steps",
     "5",
     "--yarn_steps",
@@ -47,6 +49,20 @@ def test_schedule_of_all_phases():
     assert all(a > b for a, b in zip(rates[run.steps : last], rates[run.steps + 1 : last]))
     assert train.wsd(last, run) == pytest.approx(run.lr * 7e-6 / 2e-4)
     assert max(abs(a - b) for a, b in zip(rates[run.warmup :], rates[run.warmup + 1 :])) < 0.02 * run.lr
+
+
+def test_drills_come_first_and_the_other_domains_come_in_evenly():
+    """Half the rows, drills alone; then their share falls to its own over as many steps again."""
+    data = SimpleNamespace(weights={"web": 0.8, "drills": 0.2}, anneal_weights={"web": 1.0, "drills": 0.0})
+    run, cfg = train.configure({"preset": "tiny", "steps": 100, "drill_steps": 20}, {})
+    drill, pretrain, *later = train.phases(run, cfg, data)
+    assert (drill.name, drill.start, drill.end, drill.rows) == ("drill", 0, 20, run.batch_size // 2)
+    assert (pretrain.start, pretrain.end, pretrain.rows) == (20, 100, run.batch_size)
+    assert drill.weights_at(10) == {"web": 0.0, "drills": 1.0}
+    shares = [pretrain.weights_at(step)["drills"] for step in (20, 30, 40, 99)]
+    assert shares == pytest.approx([1, 0.6, 0.2, 0.2])
+    assert all(sum(pretrain.weights_at(step).values()) == pytest.approx(1) for step in range(20, 100))
+    assert later[0].weights_at(100) == data.anneal_weights
 
 
 def test_shares_of_the_report_and_at_least_twenty_steps():
@@ -156,7 +172,7 @@ def test_the_saved_model_has_yarn_and_the_log_its_phases(whole):
     assert model.cfg.rope_scaling["factor"] == 16 and model.cfg.max_position_embeddings == 16 * 64
     rows = train.read_metrics(whole)
     phases = [row["phase"] for row in rows if "loss" in row]
-    assert phases == ["pretrain"] * 10 + ["anneal"] * 5 + ["long"] * 5 + ["yarn"] * 5
+    assert phases == ["drill"] * 3 + ["pretrain"] * 7 + ["anneal"] * 5 + ["long"] * 5 + ["yarn"] * 5
     measured = [row["step"] for row in rows if "long_context" in row]
     assert measured == [20, 25]  # before YaRN, and after
     report = json.loads((whole / "report.json").read_text())

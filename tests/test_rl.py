@@ -6,6 +6,7 @@ full forward pass over one answer alone; for a run, another run.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import random
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def tok():
     texts = [f"{q.request} {q.answer}" for domain in train.QUESTIONS for q in questions(domain, 20)]
-    return Tokenizer.train([*texts, train.TEMPLATE_WORDS], 512)
+    return Tokenizer.train([*texts, *itertools.islice(train.wrapping(train.configure({}, {})[0]), 30)], 512)
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,7 @@ def test_operations_fit_together():
                     run_at(place, state, verb)
 
 
-LAMP = Place("smart home", "lights", "lamp", "brightness", train.objects_of("smart home")["lamp"])
+LAMP = Place("smart home", "lights", "lamp", "height", train.objects_of("smart home")["lamp"])
 BAD_CALLS = [
     ("get", dict(name="X1"), "there is no lamp X1"), ("set", dict(name="X1", value=1), "there is no"),
     ("raise", dict(name="A10", by=10**10), "would be"), ("lower", dict(name="A10", by=6), "would be -1"),
@@ -240,8 +240,8 @@ BAD_CALLS = [
 
 
 def lamps():
-    return State({"lights": {"lamp": {"A10": {"brightness": 5, "watts": 3, "mode": "day"},
-                                      "B20": {"brightness": 8, "watts": 3, "mode": "off"}}}})
+    return State({"lights": {"lamp": {"A10": {"height": 5, "power": 3, "mode": "day"},
+                                      "B20": {"height": 8, "power": 3, "mode": "off"}}}})
 
 
 @pytest.mark.parametrize("verb, given, reason", BAD_CALLS, ids=lambda x: x if isinstance(x, str) else "")
@@ -256,8 +256,8 @@ def test_numbers_too_large_to_print_do_not_break_the_gate():
     """Python reads and prints whole numbers of 4,300 digits at most; a sum of two such has one more."""
     gate = Gate([EvolvedTool.of(verb, LAMP) for verb in ("set", "total")], lamps(), budget=9)
     for name in ("A10", "B20"):
-        gate.call("lights_set_lamp_brightness", f'{{"name": "{name}", "value": {"9" * 4300}}}')
-    assert isinstance(json.loads(gate.call("lights_total_lamp_brightness", "{}")), dict)
+        gate.call("lights_set_lamp_height", f'{{"name": "{name}", "value": {"9" * 4300}}}')
+    assert isinstance(json.loads(gate.call("lights_total_lamp_height", "{}")), dict)
 
 
 # --- schemas and the gate ---
@@ -411,7 +411,7 @@ def test_whatever_a_model_writes_the_answer_can_be_written_down(tok):
     """JSON spells halves of characters that UTF-8 does not have; results hold what the model wrote."""
     gate = Gate([EvolvedTool.of("get", LAMP)], lamps(), budget=9)
     for text in (r'{"name": "\ud800"}', r'{"\udfff": 1}', r'"\ud800"', r'{"name": 1, "\ud800": "\ud83d"}'):
-        result = gate.call("lights_get_lamp_brightness", text)
+        result = gate.call("lights_get_lamp_height", text)
         assert "error" in json.loads(result)
         result.encode()
         tok.render([{"role": "tool", "tool_call_id": "functions.f:0", "content": result}])
@@ -685,9 +685,9 @@ def test_swapped_answers_are_found(toolbox, tok):
 
 
 def test_each_of_two_calls_of_one_tool_is_asked_for():
-    """Two lamps of one brightness: who looked up only the second cannot know the first."""
+    """Two lamps of one height: who looked up only the second cannot know the first."""
     state = lamps()
-    state.tables["lights"]["lamp"]["A10"]["brightness"] = 8
+    state.tables["lights"]["lamp"]["A10"]["height"] = 8
     get = EvolvedTool.of("get", LAMP)
     plan = [[(get.name, {"name": "A10"}), (get.name, {"name": "B20"})]]
     values = ["{0[result]}", "{1[result]}"]
