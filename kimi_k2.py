@@ -1765,7 +1765,7 @@ def _write_weights(state, folder, max_shard_bytes):
     shards, size = [[]], 0
     for entry in _hf_names(state):
         _, name, e = entry
-        n_bytes = (state[name] if e is None else state[name][e]).nbytes
+        n_bytes = state[name].nbytes // (1 if e is None else len(state[name]))
         if size + n_bytes > max_shard_bytes and shards[-1]:
             shards.append([])
             size = 0

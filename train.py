@@ -5700,8 +5700,8 @@ class Ranks:
             what = str(error).strip().splitlines()[0][:200]
             if not self.many or not (isinstance(error, dist.DistError) or "gloo" in what):
                 raise
-            raise UserError(f"rank {self.rank} of {self.size} lost another one ({what}); the same command goes "
-                            "on from the last checkpoint, with any number of processes") from error
+            raise UserError(f"rank {self.rank} of {self.size} lost another ({what}); the same command goes on "
+                            "from the last checkpoint, with any number of processes") from error
         if self.many:
             dist.destroy_process_group()
 
