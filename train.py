@@ -5232,19 +5232,20 @@ def answer_logps(model, tokens, targets, document, position, answer, temperature
 
 def accumulate_policy(model, job, groups, tau):
     """Forward and backward of the objective over all answers of `groups` [[(rollout, advantage)]], in
-    micro-batches. Returns (loss, mean of the squared log-ratio).
+    micro-batches, each rank its share. Returns (loss, mean of the squared log-ratio).
 
     In the first step on one policy's own answers the log-ratio is zero, and a group whose rewards are all
     alike has no gradient: it counts, but is not computed.
     """
-    run = job.run
+    run, ranks = job.run, job.ranks
     advantage = {id(rollout): value for group in groups for rollout, value in group}
     moving = [[rollout for rollout, _ in group] for group in groups if run.rl_updates > 1 or any(
         value or rollout.paused for rollout, value in group)]
     rows = [row for group in moving for row in answer_rows(group, run.rl_row)]
     rows.sort(key=lambda row: sum(len(rollout.ids) for rollout in row))
     each, n, total, drift = max(1, run.micro_batch * run.seq_len // run.rl_row), len(advantage), 0.0, 0.0
-    for part in (rows[i : i + each] for i in range(0, len(rows), each)):
+    mine = rows[ranks.rank :: ranks.size]
+    for part in (mine[i : i + each] for i in range(0, len(mine), each)):
         answers = [rollout for row in part for rollout in row]
         tensors = [tensor.to(job.device) for tensor in answer_batch(part)]
         values = torch.tensor([[advantage[id(rollout)], sum(rollout.logp), rollout.temperature]
@@ -5255,7 +5256,8 @@ def accumulate_policy(model, job, groups, tau):
         (loss + run.aux_alpha * len(answers) / n * model.aux_loss).backward()
         total += loss.item()
         drift += (logp.detach() - values[:, 1]).square().sum().item() / n
-    return total, drift
+    take_part(model, job, math.ceil(math.ceil(len(rows) / ranks.size) / each) - math.ceil(len(mine) / each))
+    return ranks.sum(total), ranks.sum(drift)
 
 
 # --- the critic ---
@@ -5337,11 +5339,12 @@ def judge_group(critic, rollouts, neighbours=1):
 
 class Controller:
     """The centre of R 3.3's loop, sampler and trainer in one process over the same weights: starts groups,
-    plays them, rewards those that have ended, and keeps the rest for the next iteration."""
+    plays them, rewards those that have ended, and keeps the rest for the next iteration. Every rank knows all
+    groups and plays its share."""
 
     def __init__(self, model, job, pool, toolbox):
         run = job.run
-        self.run, self.pool, self.toolbox = run, pool, toolbox
+        self.run, self.pool, self.toolbox, self.ranks = run, pool, toolbox, job.ranks
         self.engine = Engine(model, job.tok, f"{run.seed} {run.rl_seed}", run.rl_budget,
                              recompute=run.rl_recompute)
         self.critic = Critic(model, job.tok)
@@ -5390,7 +5393,8 @@ class Controller:
                         for prompt in self.choose(step, run.rl_prompts - len(self.flight))]
         rollouts = [rollout for group in self.flight for rollout in group]
         before, began = [len(rollout.said) for rollout in rollouts], time.perf_counter()
-        self.engine.play(rollouts, run.rl_segment)
+        self.engine.play([rollout for rollout in rollouts if self.is_mine(rollout)], run.rl_segment)
+        self.exchange(rollouts)
         new = [len(rollout.said) - n for rollout, n in zip(rollouts, before)]
         ended = [group for group in self.flight if all(rollout.reward is not None for rollout in group)]
         self.flight = [group for group in self.flight if any(rollout.reward is None for rollout in group)]
@@ -5399,6 +5403,19 @@ class Controller:
                    "idle": 1 - sum(new) / max(1, len(new) * max(new, default=0))}
         groups, pairs, more = self.score(ended)
         return groups, pairs, {**figures, **more}
+
+    def is_mine(self, rollout):
+        """A group stays on one rank, with its caches and environments."""
+        return rollout.number // self.run.rl_samples % self.ranks.size == self.ranks.rank
+
+    def exchange(self, rollouts):
+        """Every rank learns what the others' rollouts have said and earned."""
+        if self.ranks.many:
+            mine = [rollout.facts() for rollout in rollouts if self.is_mine(rollout)]
+            played = {facts["number"]: facts for share in self.ranks.all_of(mine) for facts in share}
+            for rollout in rollouts:
+                if not self.is_mine(rollout):
+                    vars(rollout).update(played[rollout.number])
 
     def score(self, ended):
         """Rewards become advantages; right and wrong answers become pairs with a known order."""
@@ -5455,7 +5472,8 @@ class Controller:
         self.attacks.tried = {tuple(attack): score for attack, score in facts["attacks"]}
         self.flight = [[Rollout(**rollout) for rollout in group] for group in facts["flight"]]
         for rollout in (rollout for group in self.flight for rollout in group):
-            rollout.latent = state["tensors"].get(f"latent.{rollout.number}")
+            if self.is_mine(rollout):
+                rollout.latent = state["tensors"].get(f"latent.{rollout.number}")
             rollout.env = environment(rollout.prompt, self.toolbox)
             rollout.env.reset()
             for message in rollout.messages:
@@ -5677,6 +5695,12 @@ class Ranks:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
+    def all_of(self, value):
+        """What each rank has."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     @contextlib.contextmanager
     def one_by_one(self):
         """The first rank does it, then the others find it done."""
@@ -5700,8 +5724,8 @@ class Ranks:
             what = str(error).strip().splitlines()[0][:200]
             if not self.many or not (isinstance(error, dist.DistError) or "gloo" in what):
                 raise
-            raise UserError(f"rank {self.rank} of {self.size} lost another ({what}); the same command goes on "
-                            "from the last checkpoint, with any number of processes") from error
+            raise UserError(f"rank {self.rank} of {self.size} lost another ({what}); the same command goes "
+                            "on from the last checkpoint, with any number of processes") from error
         if self.many:
             dist.destroy_process_group()
 
@@ -6439,7 +6463,7 @@ def rl(job):
     """Reinforcement learning on the gym, with the model as its own critic (R 3.2); leaves model_rl/. An
     iteration plays rollouts and makes `rl_updates` steps with Muon on: the objective, the language-modelling
     loss on dialogs and text (PTX), the critic's loss on fresh pairs of known order (the closed loop)."""
-    run = job.run
+    run, ranks = job.run, job.ranks
     job = dataclasses.replace(job, run=dataclasses.replace(
         run, eval_every=max(1, run.rl_steps // 2), save_every=max(1, run.save_every // 10)))
     own = job.out / "model_sft"
@@ -6447,33 +6471,37 @@ def rl(job):
     if not (start / "config.json").exists():
         raise UserError(f"rl: no model in {start}; run the sft stage first, or give --base FOLDER")
     began = time.perf_counter()
-    model, _ = load_pretrained(start, job.device)
+    model, _ = load_pretrained(start, job.device, shard=ranks.shard)
     model.recompute = run.recompute
-    toolbox, _ = toolbox_of(run)
-    with job.autocast():
-        pool, pairs = choose_prompts(job, model, toolbox)
+    toolbox, twin = toolbox_of(run)[0], ranks.twin(model)
+    with job.autocast(), ranks.whole(model, twin), ranks.one_by_one():
+        pool, pairs = choose_prompts(job, twin, toolbox)
     rows = max(1, 2048 // run.sft_len)
     sources = {name: dialogs[:400] for name, dialogs in sft_sources(job).items()}
     dialogs = Dialogs(sources, job.tok, run.sft_weights, run.seed, rows * run.rl_steps, run.sft_len)
-    opt = MuonClip(model, lr=run.rl_lr, weight_decay=run.weight_decay, momentum=run.momentum, kind="muon")
+    opt = ranks.optimizer(model, lr=run.rl_lr, weight_decay=run.weight_decay, momentum=run.momentum,
+                          kind="muon")
     compile_blocks(model, job)
-    controller, examiner = Controller(model, job, pool, toolbox), Controller(model, job, {}, toolbox)
+    controller, examiner = Controller(twin, job, pool, toolbox), Controller(twin, job, {}, toolbox)
     context = model.cfg.max_position_embeddings, model.cfg.rope_scaling
     course = [Phase("rl", 0, run.rl_steps, 0, 0, {}, context, 0.0)]
 
     def batch_of(step, phase):
-        with job.autocast():
+        with job.autocast(), ranks.whole(model, twin, everywhere=True) as seconds:
             groups, known, figures = controller.iteration(step)
-        others = [(dialogs.batch(step, rows, job.device), run.ptx_weight)]
+        if ranks.many:
+            figures["gather_seconds"] = round(seconds, 3)  # of the weights, from shards
+        others = [(dialogs.batch(step, rows, job.device, ranks.rows(rows)), run.ptx_weight)]
         if job.data:
-            text = job.data.batch(run.seed, step, max(1, 2048 // run.seq_len), run.seq_len, job.device)
+            n = max(1, 2048 // run.seq_len)
+            text = job.data.batch(run.seed, step, n, run.seq_len, job.device, mine=ranks.rows(n))
             others = [(others[0][0], run.ptx_weight / 2), (text, run.ptx_weight / 2)]
         if known:
             told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known[:8]
                     for order, best in (((better, worse), "A"), ((worse, better), "B"))]
-            others.append((padded(told, job.tok, job.device), run.critic_weight))
+            others.append((ranks.mine(padded(told, job.tok, job.device)), run.critic_weight))
         ids = torch.tensor([i for group in groups for rollout, _ in group for i in rollout.ids])
-        return ids, groups, [(batch, weight) for batch, weight in others if weight], figures
+        return *ranks.mine((ids,)), groups, [(batch, weight) for batch, weight in others if weight], figures
 
     def learn(model, opt, job, batch, lr):
         _, groups, others, figures = batch
@@ -6492,18 +6520,17 @@ def rl(job):
         row = {"gym": {domain: sum(found) / n for domain, found in hits.items()}}
         row |= {"critic": right, "critic_bias": bias - 0.5}
         if job.data:
-            row["val_bpb"] = bits_per_byte(model, job, run.eval_tokens)
+            row["val_bpb"] = bits_per_byte(twin, job, run.eval_tokens)
         if step in (0, run.rl_steps):
             row["hits"] = {domain: "".join(map(str, found)) for domain, found in hits.items()}
         if step == run.rl_steps:
-            row |= dict(zip(("success", "transcript"), tool_success(model, job, run.tool_tasks)))
+            row |= dict(zip(("success", "transcript"), tool_success(twin, job, run.tool_tasks)))
             if job.data and (world := training_world(job.out)):
-                row["recall"] = recall(model, job.tok, world[:: max(1, len(world) // 40)])
+                row["recall"] = recall(twin, job.tok, world[:: max(1, len(world) // 40)])
         return row
 
-    fit("rl", job, model, opt, course, batch_of, evaluate, lambda step: run.rl_lr, learn, controller)
-    save_pretrained(model, job.tok, job.out / "model_rl")
-    save_pretrained(model, job.tok, job.out / "model")
+    fit("rl", job, model, twin, opt, course, batch_of, evaluate, lambda step: run.rl_lr, learn, controller)
+    ranks.save_pretrained(model, job.tok, job.out / "model_rl", job.out / "model")
     rows = [row for row in read_metrics(job.out) if row["stage"] == "rl"]
     final, facts = rows[-1], {"rl": rl_facts(rows, run.rl_tasks), "success": {"rl": rows[-1]["success"]}}
     if "recall" in final:
