@@ -3,6 +3,7 @@
     python train.py                          everything at toy scale, no network, minutes on a laptop
     python train.py pretrain --preset small --data my_corpus/ --out runs/mine
     python train.py --resume --out runs/mine continue exactly where it stopped
+    torchrun --nproc-per-node 8 train.py ... --ep 4      the same on many GPUs, experts over 4 of them
     python train.py --preset k2 --plan       what the full run would cost; allocates nothing
 
     1 Run config and command line     every knob, the presets' defaults, the plan      R 2.4, 2.5
@@ -10,7 +11,7 @@
     3 Rephrasing                      one fact, many tellings, nothing lost or added   R 2.2
     4 Tools, simulator, tasks, judge  dialogs in which tools are used, and their filter R 3.1.1
     5 Rewards and rollouts            a gym, self-critique, the objective, the engine    R 3.2, 3.3
-    6 The loop                        schedule, step, log, checkpoint, resume          R 2.5
+    6 The loop                        many processes, schedule, step, log, checkpoint  R 2.4, 2.5
     7 Stages                          pretraining, long context, fine-tuning, RL       R 2.5, 3
     8 Evaluation and report           bits per byte, recall, needles, report.md
 
@@ -5536,7 +5537,7 @@ def padded(dialogs, tok, device):
 
 
 # ==================================================================================================
-# 6  The loop: schedule, step, log, checkpoint, resume (R 2.5)
+# 6  The loop: schedule, many processes, step, log, checkpoint, resume (R 2.4, 2.5)
 # ==================================================================================================
 # Warm up, stay, decay (WSD): the learning rate rises for a few steps, is constant for most of the
 # run, and falls along a cosine to a tenth. K2: 500 steps up, 10 T tokens at 2e-4, 5.5 T down to 2e-5.
@@ -5721,13 +5722,17 @@ class Ranks:
             time.sleep(0 if self.first else 3)  # the first one's line ends us all
             raise
         except RuntimeError as error:
-            what = str(error).strip().splitlines()[0][:200]
-            if not self.many or not (isinstance(error, dist.DistError) or "gloo" in what):
+            if not self.lost_one(error):
                 raise
+            what = str(error).strip().splitlines()[0][:200]
             raise UserError(f"rank {self.rank} of {self.size} lost another ({what}); the same command goes "
                             "on from the last checkpoint, with any number of processes") from error
         if self.many:
             dist.destroy_process_group()
+
+    def lost_one(self, error):
+        """Does an error say that another rank is gone?"""
+        return self.many and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
     # where things lie
 
@@ -5776,10 +5781,9 @@ class Ranks:
         model.init_weights(normal)
 
     def build(self, cfg):
-        """A new model, on the ranks' device."""
+        """A new model, over all ranks."""
         if not self.many:
-            with self.device or contextlib.nullcontext():
-                return KimiK2(cfg)
+            return KimiK2(cfg)
         with torch.device("meta"):
             model = KimiK2(cfg)
         self.shard(model)
@@ -6121,8 +6125,11 @@ class Checkpoints:
             try:
                 return self._load(path, model, opt, keep)
             except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-                print(f"{path} is damaged ({str(error).splitlines()[0][:100]}), trying the one before it",
-                      file=sys.stderr)
+                if self.ranks.lost_one(error):
+                    raise
+                if self.ranks.first:
+                    print(f"{path} is damaged ({str(error).splitlines()[0][:100]}), trying the one before it",
+                          file=sys.stderr)
         if paths:
             raise UserError(
                 f"no checkpoint in {self.folder} can be read; delete that folder to start this stage again"
@@ -6358,7 +6365,8 @@ def pretrain(job):
     run = job.run
     course = phases(run, job.cfg, job.data)
     torch.manual_seed(run.seed)
-    model = job.ranks.build(job.cfg)
+    with job.device:
+        model = job.ranks.build(job.cfg)
     model.recompute = run.recompute
     twin, opt = job.ranks.twin(model), job.ranks.optimizer(
         model, lr=run.lr, weight_decay=run.weight_decay, momentum=run.momentum, tau=run.tau,

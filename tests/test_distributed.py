@@ -28,7 +28,8 @@ CPU, STEPS, CFG = torch.device("cpu"), 20, KimiConfig.preset("nano")
 def torchrun(n, *arguments, **how):
     """Arguments of subprocess for n processes of one job."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n]
-    return dict(args=list(map(str, (*command, *arguments))), text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return dict(args=list(map(str, (*command, *arguments))), text=True, env=environment, **how)
 
 
 def rows_of_text(step, rows, mine, length=32):
@@ -44,7 +45,8 @@ class Training:
     """A few steps of nano, on one process or many. tau is so low that QK-Clip acts in every step."""
 
     def __init__(self, ranks):
-        run, _ = train.configure({"preset": "nano", "micro_batch": 2, "seq_len": 32, "aux_alpha": 1e-2}, {})
+        run, _ = train.configure({"preset": "nano", "micro_batch": 2, "seq_len": 32, "aux_alpha": 1e-2,
+                                  "grad_clip": 0.5}, {})
         torch.manual_seed(0)
         torch.set_num_threads(1)
         self.ranks, self.step, self.log = ranks, 0, []
@@ -53,7 +55,8 @@ class Training:
         # AdamW's first step is g / (|g| + eps): with 1e-8 it would show the last digits of the smallest g
         self.opt = ranks.optimizer(self.model, tau=0.02, bias_update_rate=1e-2, eps=1e-5)
 
-    def go(self, until, rows=8):
+    def go(self, until, rows=8, recompute=False):
+        self.model.recompute = recompute
         while self.step < until:
             batch = rows_of_text(self.step, rows, self.ranks.rows(rows))
             row = train.train_step(self.model, self.opt, self.job, batch, 6e-3)
@@ -110,7 +113,7 @@ def alone(tmp_path_factory):
     first, out = training.go(1).weights(), tmp_path_factory.mktemp("alone") / "run"
     training.go(10).save(out)
     last = training.go(STEPS).weights()
-    return training.go(STEPS + 1, rows=1).log, first, last, out
+    return training.go(STEPS + 1, rows=1, recompute=True).log, first, last, out
 
 
 def check(results, alone, folder):
@@ -208,7 +211,8 @@ def test_the_recipe_on_two_processes(recipe, tmp_path, ep):
 
 def start(out):
     """A run of 30 steps on two processes."""
-    return torchrun(2, ROOT / "train.py", "pretrain", *FAST, "--steps", "30", "--save_every", "4", "--out", out)
+    arguments = ["pretrain", *FAST, "--steps", "30", "--save_every", "4", "--out", out]
+    return torchrun(2, ROOT / "train.py", *arguments)
 
 
 def workers(process):
@@ -258,7 +262,7 @@ def worker(folder, *layouts):
         training.go(10).save(folder / f"run{ep}")
         last = training.go(STEPS).weights()
         ranks.save_pretrained(training.model, None, folder / f"model{ep}")
-        log = training.go(STEPS + 1, rows=1).log
+        log = training.go(STEPS + 1, rows=1, recompute=True).log
         again, _ = load_pretrained(folder / f"model{ep}", CPU, shard=ranks.shard)
         assert far({name: whole_of(tensor) for name, tensor in ranks.state(again).items()}, last)[0] == 0
         if (folder / "run_of_another").exists():
