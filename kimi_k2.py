@@ -1599,7 +1599,7 @@ class MuonClip(torch.optim.Optimizer):
     def named_parameters(self, model):
         return model.named_parameters()
 
-    def whole_of(self, p):
+    def parameter_of(self, p):
         """The model's parameter of which p holds some rows, or is all."""
         return p
 

@@ -5845,6 +5845,7 @@ class Ranks:
             full = whole_of(tensor)
             if self.first or everywhere:
                 target[name].copy_(full)
+        self.wait()
         yield time.perf_counter() - began
         twin.to("meta")
         self.wait()
@@ -5953,10 +5954,9 @@ class ShardedMuonClip(MuonClip):
     def __init__(self, model, ranks, **settings):
         self.ranks, self.whole = ranks, {}
         super().__init__(model, **settings)
-        matrices = [p for group in self.param_groups if group["rule"] == "muon" for p in group["params"]]
-        work, busy = {p: math.prod(self.whole[p].shape) * min(self.whole[p].shape) for p in matrices
-                      if p.ndim == 2}, [0] * ranks.size
-        self.owner = {}
+        by_muon = [p for group in self.param_groups if group["rule"] == "muon" for p in group["params"]]
+        work = {p: self.whole[p].numel() * min(self.whole[p].shape) for p in by_muon if p.ndim == 2}
+        self.owner, busy = {}, [0] * ranks.size
         for p in sorted(work, key=work.get, reverse=True):  # the next largest to whom has least to do
             self.owner[p] = min(range(ranks.size), key=busy.__getitem__)
             busy[self.owner[p]] += work[p]
@@ -5967,7 +5967,7 @@ class ShardedMuonClip(MuonClip):
             self.whole[here] = p
             yield name, here
 
-    def whole_of(self, p):
+    def parameter_of(self, p):
         return self.whole[p]
 
     def step(self, closure=None):
@@ -5981,28 +5981,31 @@ class ShardedMuonClip(MuonClip):
         self.model.zero_grad(set_to_none)
 
     def _add_orthogonal(self, params, updates, group):
-        pairs, size = list(zip(params, updates)), self.ranks.size
+        pairs, ranks = list(zip(params, updates)), range(self.ranks.size)
         if experts := [(p, update) for p, update in pairs if p.ndim == 3 and len(p)]:
             super()._add_orthogonal(*zip(*experts), group)
         pairs = sorted((pair for pair in pairs if pair[0].ndim == 2), key=lambda pair: self.owner[pair[0]])
         mine = [self.whole[p].shape for p, _ in pairs if self.owner[p] == self.ranks.rank]
-        there = [sum(p.numel() for p, _ in pairs if self.owner[p] == rank) for rank in range(size)]
-        parts = [(len(self.rows_of(n, rank)), m) for rank in range(size) for n, m in mine]  # as they come in
-        here = [sum(n * m for n, m in parts[i * len(mine) : (i + 1) * len(mine)]) for i in range(size)]
+        # what goes to the owners, and what comes to me: rank 0's rows of each matrix of mine, rank 1's ...
+        there = [sum(p.numel() for p, _ in pairs if self.owner[p] == rank) for rank in ranks]
+        parts = [[(len(self.rows_of(n, rank)), m) for n, m in mine] for rank in ranks]
+        here = [sum(n * m for n, m in shapes) for shapes in parts]
         sent = torch.cat([update.flatten() for _, update in pairs])
         came = sent.new_empty(sum(here))
         dist.all_to_all_single(came, sent, here, there)
-        came = [part.view(shape) for part, shape in zip(came.split([n * m for n, m in parts]), parts)]
+        shapes = [shape for of_rank in parts for shape in of_rank]
+        came = [part.view(shape) for part, shape in zip(came.split([n * m for n, m in shapes]), shapes)]
         matrices = [torch.cat(came[i :: len(mine)]) for i in range(len(mine))]
         changes = [torch.zeros_like(matrix) for matrix in matrices]
         if matrices:
             super()._add_orthogonal(changes, matrices, group)
-        back = [change[here.start : here.stop].flatten() for rank in range(size) for change in changes
-                for here in [self.rows_of(len(change), rank)]]
-        got = torch.empty_like(sent)
-        dist.all_to_all_single(got, torch.cat([got[:0], *back]), there, here)
-        got = got.split([p.numel() for p, _ in pairs])
-        torch._foreach_add_([p for p, _ in pairs], [part.view_as(p) for part, (p, _) in zip(got, pairs)])
+        # and back
+        rows = [[self.rows_of(len(change), rank) for change in changes] for rank in ranks]
+        sent = [change[r.start : r.stop].flatten() for of_rank in rows for r, change in zip(of_rank, changes)]
+        came = params[0].new_empty(sum(there))
+        dist.all_to_all_single(came, torch.cat([came[:0], *sent]), there, here)
+        came = came.split([p.numel() for p, _ in pairs])
+        torch._foreach_add_([p for p, _ in pairs], [part.view_as(p) for part, (p, _) in zip(came, pairs)])
 
     def rows_of(self, n, rank):
         """Rows of a matrix of n that a rank has: FSDP gives all but the last ones equally many."""
@@ -6098,7 +6101,7 @@ class Checkpoints:
         tensors = {f"model.{name}": tensor for name, tensor in self.ranks.state(model).items()}
         for number, p in enumerate(p for group in opt.param_groups for p in group["params"]):
             for key, value in opt.state[p].items():
-                whole = value.view(1) if key == "step" else self.ranks.globally(value, opt.whole_of(p))
+                whole = value.view(1) if key == "step" else self.ranks.globally(value, opt.parameter_of(p))
                 tensors[f"optimizer.{number}.{key}"] = whole
         tensors |= {f"keep.{name}": tensor for name, tensor in kept["tensors"].items()}
         tensors["ever_clipped"] = progress.ever_clipped
@@ -6149,7 +6152,7 @@ class Checkpoints:
             _, number, key = name.split(".")
             p, state = states[int(number)]
             state[key] = torch.empty(1, device=device) if key == "step" else torch.empty_like(p)
-            tensors[name] = state[key] if key == "step" else ranks.globally(state[key], opt.whole_of(p))
+            tensors[name] = state[key] if key == "step" else ranks.globally(state[key], opt.parameter_of(p))
             state[key] = state[key].view(() if key == "step" else p.shape)
         ranks.read(tensors, path)
         for p, state in states:
