@@ -1568,6 +1568,8 @@ class MuonClip(torch.optim.Optimizer):
     (L, H) keeps the step's S_max as it was before the clip, `expert_load` (L_moe, E) its loads.
     """
 
+    portion = 2**27  # elements that are orthogonalised at one time, where a parameter has no more
+
     def __init__(self, model, lr=2e-4, weight_decay=0.1, momentum=0.95, tau=100.0, kind="muonclip", *,
                  betas=(0.9, 0.95), eps=1e-8, nesterov=True, ns_steps=5, ns_dtype=None,
                  bias_update_rate=1e-3):
@@ -1631,9 +1633,25 @@ class MuonClip(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - mu)
-        updates = torch._foreach_lerp(grads, buffers, mu) if group["nesterov"] else buffers
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        self._add_orthogonal(params, updates, group)
+        self._add_updates(params, group)
+
+    def _updates(self, params, group):
+        """What becomes orthogonal: the momentum, or how it will be after one more such gradient."""
+        grads, buffers = zip(*((p.grad, self.state[p]["momentum_buffer"]) for p in params))
+        return torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+
+    def _add_updates(self, params, group):
+        """Portion by portion, or the temporary copies would take as much memory as the parameters."""
+        portions, size = [], math.inf
+        for p in sorted(params, key=lambda p: p.shape[-2:]):
+            size += p.numel()
+            if size > self.portion:
+                portions.append([])
+                size = p.numel()
+            portions[-1].append(p)
+        for some in portions:
+            self._add_orthogonal(some, self._updates(some, group), group)
 
     def _add_orthogonal(self, params, updates, group):
         """W -= lr 0.2 sqrt(max(n, m)) NewtonSchulz(update), for lists of both."""

@@ -5757,6 +5757,7 @@ class Ranks:
                     ExpertParallel.convert(experts, self.mesh["ep"])
                 fully_shard(experts, mesh=self.mesh["dp"])
             fully_shard(layer, mesh=self.flat)
+        fully_shard(model.model.embed_tokens, mesh=self.flat)
         fully_shard(model, mesh=self.flat)
         for module in model.modules():
             if hasattr(module, "set_gradient_divide_factor"):  # losses are shares of one: gradients add up
@@ -5980,11 +5981,10 @@ class ShardedMuonClip(MuonClip):
         super().zero_grad(set_to_none)
         self.model.zero_grad(set_to_none)
 
-    def _add_orthogonal(self, params, updates, group):
-        pairs, ranks = list(zip(params, updates)), range(self.ranks.size)
-        if experts := [(p, update) for p, update in pairs if p.ndim == 3 and len(p)]:
-            super()._add_orthogonal(*zip(*experts), group)
-        pairs = sorted((pair for pair in pairs if pair[0].ndim == 2), key=lambda pair: self.owner[pair[0]])
+    def _add_updates(self, params, group):
+        super()._add_updates([p for p in params if p.ndim == 3 and len(p)], group)
+        params, ranks = sorted((p for p in params if p.ndim == 2), key=self.owner.get), range(self.ranks.size)
+        pairs = list(zip(params, self._updates(params, group)))
         mine = [self.whole[p].shape for p, _ in pairs if self.owner[p] == self.ranks.rank]
         # what goes to the owners, and what comes to me: rank 0's rows of each matrix of mine, rank 1's ...
         there = [sum(p.numel() for p, _ in pairs if self.owner[p] == rank) for rank in ranks]
