@@ -51,6 +51,7 @@ import typing
 import urllib.error
 import urllib.request
 import warnings
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from kimi_k2 import (
@@ -183,14 +186,21 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # fp32 or bf16 (autocast); auto: bf16 on CUDA
     compile: str = "auto"  # torch.compile: auto, on or off; auto: on for CUDA
-    recompute: bool = False  # keep only each block's input, recompute the rest: less memory
+    recompute: bool | None = None  # keep only each block's input, recompute the rest; none: toys do not
     threads: int | None = None  # CPU threads; none: PyTorch's choice
     ep: int = 1  # under torchrun: ranks that share out a layer's experts; the others hold copies in shards
-    gpus: int | None = None  # --plan: how many; none: as few as hold the training state
+    world: int | None = None  # --plan, --dry_run: how many GPUs; none: as few as hold a step, with their ep
     gpu_tflops: float = 989.0  # --plan: dense bf16 peak of one (H100, H800: 989)
     gpu_gib: float = 80.0  # --plan: memory of one
+    gpu_tbps: float = 3.35  # --plan: its bandwidth, terabytes a second
+    gpu_gbps: float = 50.0  # --plan: gigabytes a second that it sends to others (R 2.4: 8 x 400 Gb/s a node)
     gpu_watts: float = 1000.0  # --plan: power of one with its share of the node (our assumption)
-    gpu_hour: float = 2.0  # --plan: price of one for an hour in dollars (our assumption)
+    gpu_hour: float = 2.0  # --plan: price of renting one for an hour in dollars (our assumption)
+    gpu_price: float = 40_000.0  # --plan: price of buying one with its share of the node (our assumption)
+    gpu_years: float = 4.0  # --plan: years until it is written off (our assumption)
+    kwh_price: float = 0.1  # --plan: price of a kilowatt hour in dollars (our assumption)
+    serve_gpus: int | None = None  # --plan: GPUs of a serving unit; none: fewest nodes of 8 that hold it
+    serve_bytes: float = 1.0  # --plan: bytes of a served weight (published K2: fp8 in blocks)
     mfu: float = 0.4  # --plan: share of the peak that is reached (our assumption)
 
 
@@ -214,25 +224,26 @@ RUN_DEFAULTS = {
                   rl_pool=500),
     "medium": dict(steps=60_000, batch_size=1024, micro_batch=4, seq_len=4096, lr=5e-4, warmup=500, tau=100.0,
                    bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**21, save_every=1000,
-                   trajectories=50_000, sft_steps=2000, sft_lr=1e-4, sft_len=4096,
+                   recompute=True, trajectories=50_000, sft_steps=2000, sft_lr=1e-4, sft_len=4096,
                    rl_steps=400, rl_lr=2e-5, rl_prompts=256, rl_samples=16, rl_budget=2048, rl_segment=512,
                    rl_pool=2000),
     "moonlight": dict(steps=85_000, long_steps=0, yarn_steps=0, batch_size=8192, micro_batch=1, seq_len=8192,
                       lr=4.2e-4, warmup=2000, tau=100.0, bias_update_rate=1e-3, eval_every=1000,
-                      eval_tokens=2**22, save_every=1000, trajectories=50_000,
+                      eval_tokens=2**22, save_every=1000, recompute=True, trajectories=50_000,
                       sft_steps=2000, sft_lr=2e-5, sft_len=8192,
                       rl_steps=400, rl_lr=1e-5, rl_prompts=256, rl_samples=16, rl_budget=2048,
                       rl_segment=512, rl_pool=2000),
     "k2": dict(steps=230_968, batch_size=16_384, micro_batch=1, seq_len=4096, lr=2e-4, warmup=500,
                tau=100.0, bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**24, save_every=1000,
-               trajectories=50_000, sft_steps=2000, sft_lr=2e-5, sft_len=32_768,
+               recompute=True, trajectories=50_000, sft_steps=2000, sft_lr=2e-5, sft_len=32_768,
                rl_steps=400, rl_lr=1e-5, rl_prompts=512, rl_samples=16, rl_budget=2048, rl_segment=512,
                rl_pool=5000),
 }
 
 FAST = dict(preset="nano", max_documents=40, steps=20, drill_steps=5, eval_every=20, save_every=20,
             needles=4, tools=300, trajectories=60, sft_steps=10, tool_tasks=8, rl_steps=2, rl_tasks=8)
-MACHINE_FIELDS = {"out", "device", "compile", "ep", "gpus", "gpu_tflops", "gpu_gib", "gpu_watts", "gpu_hour",
+MACHINE_FIELDS = {"out", "device", "compile", "ep", "world", "gpu_tflops", "gpu_gib", "gpu_tbps", "gpu_gbps",
+                  "gpu_watts", "gpu_hour", "gpu_price", "gpu_years", "kwh_price", "serve_gpus", "serve_bytes",
                   "mfu", "endpoint_parallel", "endpoint_rpm", "endpoint_timeout", "endpoint_retries"}
 STAGES = ("rephrase", "pretrain", "tools", "sft", "rl")
 
@@ -287,6 +298,8 @@ def build_parser():
         "--fast", action="store_true", help="the nano model and a few steps: a first look in seconds"
     )
     parser.add_argument("--plan", action="store_true", help="print what the run costs and leave")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="a step of one of --world ranks without memory: shapes, collectives, bytes")
     for cls, title in ((RunConfig, "the run"), (KimiConfig, "the model: any field overrides the preset")):
         group, comments = parser.add_argument_group(title), comments_of(cls)
         for field in dataclasses.fields(cls):
@@ -308,7 +321,7 @@ def _flag_value(text, kind):
 def parse_command(argv):
     """(stage or None, flags of the command itself, run fields given, model fields given)."""
     given = vars(build_parser().parse_args(argv))
-    command = {key: given.pop(key) for key in ("stage", "resume", "fast", "plan")}
+    command = {key: given.pop(key) for key in ("stage", "resume", "fast", "plan", "dry_run")}
     run_names = {field.name for field in dataclasses.fields(RunConfig)}
     run = {key: value for key, value in given.items() if key in run_names}
     model = {key: value for key, value in given.items() if key not in run_names}
@@ -326,7 +339,7 @@ def configure(run_fields, model_fields):
         if getattr(run, name) is None:
             setattr(run, name, max(20, round(run.steps * share)))
     run.yarn_steps = run.long_steps if run.yarn_steps is None else run.yarn_steps
-    run.drill_steps = run.drill_steps or 0
+    run.drill_steps, run.recompute = run.drill_steps or 0, bool(run.recompute)
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "eval_every", "eval_tokens", "save_every",
                  "long_factor", "yarn_factor", "chunk_tokens", "endpoint_parallel", "tools", "trajectories",
                  "sft_steps", "sft_len", "tool_tasks", "rl_steps", "rl_prompts", "rl_updates", "rl_budget",
@@ -373,49 +386,172 @@ def configure(run_fields, model_fields):
     return run, cfg
 
 
-def plan(run, cfg):
-    """What a run costs, as text: parameters, FLOPs, memory, GPUs, hours, energy, money. R 2.4.
+# --- the plan: closed forms, nothing is allocated (R 2.4) ---
+# Our layout (section 6): fp32 weights, gradients and optimizer in shares; of a layer only its ep'th of the
+# experts and the rest of it are gathered, when it is computed. The report's: bf16 weights and fp32 gradients
+# over 16 pipeline stages x 16-way expert parallelism, the optimizer over the replicas of these 256 GPUs.
 
-    Closed forms only. Activations are those of one micro-batch with every block recomputed.
-    """
-    steps = run.steps + run.anneal_steps + run.long_steps + run.yarn_steps
-    n, tokens = count_parameters(cfg), steps * run.batch_size * run.seq_len
-    flops, GiB = n.train_flops(run.seq_len), 2**30
-    ours, report = n.training_bytes(), n.training_bytes(weight=2, gradient=4)
-    state = sum(ours.values())
-    here = run.micro_batch * run.seq_len
-    widest = cfg.num_attention_heads * (2 * cfg.qk_nope_head_dim + 2 * cfg.qk_rope_head_dim + cfg.v_head_dim)
-    widest += 3 * (cfg.num_experts_per_tok + cfg.n_shared_experts) * cfg.moe_intermediate_size
-    activations = (
-        2 * here * (cfg.num_hidden_layers * cfg.hidden_size + 2 * widest) + 8 * here * cfg.vocab_size
-    )
-    room = 0.9 * run.gpu_gib * GiB - activations
-    gpus = run.gpus or max(1, math.ceil(state / max(room, GiB)))
-    hours = tokens * flops / (gpus * run.mfu * run.gpu_tflops * 1e12) / 3600
-    rows = [("parameters", f"{n.total:,} in all, {n.active:,} active")]
-    rows += [(f"  {part}", f"{getattr(n, part):,}") for part in
-             ("embedding", "attention", "dense", "routed_experts", "shared_experts", "router", "norms")]
-    rows += [
-        ("tokens", f"{tokens / 1e9:,.3f} B in {steps:,} steps of {run.batch_size * run.seq_len:,}"),
-        ("FLOPs a token", f"{flops:.4g} training, "
-                          f"{n.decode_flops(run.seq_len):.4g} decoding at {run.seq_len:,}"),
-        ("FLOPs of the run", f"{tokens * flops:.4g}"),
-        ("cache", f"{n.cache_bytes_per_token():,} B a token in bf16, "
-                  f"{n.cache_bytes_per_token() * cfg.max_position_embeddings / GiB:.2f} GiB at "
-                  f"{cfg.max_position_embeddings:,} tokens"),
-        ("training state here", f"{state / GiB:,.2f} GiB: fp32 weights {ours['weights'] / GiB:,.2f}, "
-                                f"gradients {ours['gradients'] / GiB:,.2f}, "
-                                f"optimizer {ours['optimizer'] / GiB:,.2f}"),
-        ("the report's states", f"{(report['weights'] + report['gradients']) / 1e12:,.3f} TB of bf16 weights "
-                                "and fp32 gradients (R 2.4: about 6 TB for K2 over 256 GPUs)"),
-        ("GPUs", f"{gpus:,} of {run.gpu_gib:g} GiB"),
-        ("memory of one", f"{state / gpus / GiB:.2f} GiB state + {activations / GiB:.2f} GiB activations"),
-        ("time", f"{hours:,.2f} h at {run.mfu:.0%} of {run.gpu_tflops:g} TFLOP/s, "
-                 f"{gpus * hours:,.2f} GPU hours"),
-        ("energy", f"{gpus * hours * run.gpu_watts / 1e6:,.4g} MWh at {run.gpu_watts:g} W a GPU"),
-        ("cost", f"${gpus * hours * run.gpu_hour:,.2f} at ${run.gpu_hour:g} a GPU hour"),
-    ]
-    return "\n".join(f"{name:22s} {text}" for name, text in rows)
+
+def whole_layers(cfg, ep):
+    """Elements that a rank gathers: of a layer with experts, of a dense layer, of lm_head."""
+    n, L = count_parameters(cfg), cfg.num_hidden_layers
+    dense = min(1, cfg.first_k_dense_replace) * 3 * cfg.hidden_size * cfg.intermediate_size
+    n_moe = L - cfg.first_k_dense_replace
+    moe = (n.routed_experts / ep + n.shared_experts + n.router) / max(1, n_moe)
+    every = (n.attention + n.norms) / L
+    return (every + moe if n_moe else 0), (every + dense if dense else 0), n.embedding
+
+
+def gpu_memory(run, cfg, world, ep, length):
+    """Bytes by part that the fullest of `world` ranks needs for a step, its rows `length` tokens long."""
+    n, C, K, H = count_parameters(cfg), cfg.hidden_size, cfg.num_experts_per_tok, cfg.num_attention_heads
+    n_moe, F = cfg.num_hidden_layers - cfg.first_k_dense_replace, cfg.moe_intermediate_size
+    experts = math.ceil(math.ceil(cfg.n_routed_experts / ep) / (world // ep))  # of a layer; whole ones
+    held = n_moe * experts * 3 * C * F + (n.total - n.routed_experts) / world
+    states = {"weights": 4 * held, "gradients": 4 * held,
+              "optimizer": 4 * held + 4 * (2 * n.embedding + n.norms) / world}
+    moe, dense, head = whole_layers(cfg, ep) if world > 1 else (0, 0, 0)
+    tokens, bf16 = max(1, run.micro_batch * run.seq_len // length) * length, run.dtype != "fp32"
+    e, D, v = 2 if bf16 else 4, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim
+    stream = 4 * tokens * C  # what a block reads
+    block = stream * 8 + e * tokens * H * (4 * D + 3 * v)
+    block += e * tokens * (K * (6 * C + 5 * F) + 3 * cfg.n_shared_experts * F) if n_moe else 0
+    block += 2 * max(moe, dense) if bf16 else 0  # copies of its weights for the products
+    kept = cfg.num_hidden_layers * (stream if run.recompute else block)
+    # two moments compete: a block's backward, and the embedding's, when all blocks are done
+    moments = [{"gathered": 4 * (2 * head + 3 * max(moe, dense)), "activations": kept + block},
+               {"gathered": 4 * (4 * head + dense), "activations": stream}]
+    return {**states, **max(moments, key=lambda parts: sum(parts.values()))}
+
+
+def gpu_traffic(run, cfg, world, ep):
+    """Bytes that a rank sends in a micro-batch: gathering weights, summing gradients, tokens to experts."""
+    n_moe, (moe, dense, head) = cfg.num_hidden_layers - cfg.first_k_dense_replace, whole_layers(cfg, ep)
+    blocks, e = n_moe * moe + cfg.first_k_dense_replace * dense, 4 if run.dtype == "fp32" else 2
+    visits = run.micro_batch * run.seq_len * cfg.num_experts_per_tok
+    passes = 6 if run.recompute else 4  # there and back; forward, again, backward
+    return {"weights": 4 * (2 * blocks + 2 * head) * (1 - 1 / world),
+            "gradients": 4 * (blocks + 2 * head) * (1 - 1 / world),
+            "tokens": passes * n_moe * e * visits * cfg.hidden_size * (1 - 1 / ep)}
+
+
+def smallest_world(run, cfg):
+    """(GPUs, ep) of the fewest GPUs that hold a step of pretraining in nine tenths of their memory; of
+    their ep the one with the least traffic."""
+    E = cfg.n_routed_experts
+    for world in (1, 2, 4, *range(8, 4097, 8)):
+        fit = [ep for ep in range(1, min(E, world) + 1) if E % ep == world % ep == 0
+               if sum(gpu_memory(run, cfg, world, ep, run.seq_len).values()) < 0.9 * run.gpu_gib * 2**30]
+        if fit:
+            return world, min(fit, key=lambda ep: sum(gpu_traffic(run, cfg, world, ep).values()))
+    raise UserError(f"no number of GPUs with {run.gpu_gib:g} GiB holds a step; --recompute true needs less")
+
+
+def line(name, *cells):
+    return f"{name:24s}" + "".join(f"{cell:>16s}" for cell in cells)
+
+
+def plan(run, cfg):
+    """What a run and then serving its model cost, as text."""
+    if run.world and run.world % run.ep:
+        raise ValueError(f"ep {run.ep} must divide world {run.world}")
+    world, ep = (run.world, run.ep) if run.world else smallest_world(run, cfg)
+    return "\n".join([*plan_model(cfg), "", *plan_run(run, cfg, world), "", *plan_memory(run, cfg, world, ep),
+                      "", *plan_serving(run, cfg)])
+
+
+def plan_model(cfg):
+    n = count_parameters(cfg)
+    yield line("parameters", f"{n.total:,} in all, {n.active:,} active")
+    for part in ("embedding", "attention", "dense", "routed_experts", "shared_experts", "router", "norms"):
+        yield line("  " + part, f"{getattr(n, part):,}", "+ lm_head alike" if part == "embedding" else "")
+    yield line("cache", f"{n.cache_bytes_per_token():,} B a token in bf16")
+
+
+def plan_run(run, cfg, world):
+    n, total, flops = count_parameters(cfg), 0, 0
+    yield line("phase", "length", "steps", "tokens", "FLOPs a token", "hours")
+    speed = world * run.mfu * run.gpu_tflops * 1e12
+    for phase in phases(run, cfg, types.SimpleNamespace(weights={}, anneal_weights={})):
+        tokens, each = (phase.end - phase.start) * phase.rows * phase.seq_len, n.train_flops(phase.seq_len)
+        total, flops = total + tokens, flops + tokens * each
+        yield line("  " + phase.name, f"{phase.seq_len:,}", f"{phase.end - phase.start:,}",
+                      f"{tokens / 1e9:,.3f} B", f"{each:.4g}", f"{tokens * each / speed / 3600:,.2f}")
+    hours = flops / speed / 3600
+    yield line("tokens", f"{total / 1e9:,.3f} B, {run.batch_size * run.seq_len:,} a step")
+    yield line("FLOPs of the run", f"{flops:.4g}")
+    yield line("time", f"{hours:,.2f} h on {world:,} GPUs at {run.mfu:.0%} of {run.gpu_tflops:g} TFLOP/s, "
+                          f"{world * hours:,.2f} GPU hours")
+    yield line("energy", f"{world * hours * run.gpu_watts / 1e6:,.4g} MWh at {run.gpu_watts:g} W a GPU")
+    yield line("cost", f"${world * hours * run.gpu_hour:,.2f} at ${run.gpu_hour:g} a GPU hour")
+
+
+def plan_memory(run, cfg, world, ep):
+    """Ours for rows of the lengths that are trained and reached; the report's beside it."""
+    n, GiB = count_parameters(cfg), 2**30
+    course = phases(run, cfg, types.SimpleNamespace(weights={}, anneal_weights={}))
+    lengths = sorted({*(phase.seq_len for phase in course), course[-1].context[0]})
+    ours = [gpu_memory(run, cfg, world, ep, length) for length in lengths]
+    report = n.training_bytes(weight=2, gradient=4, state=4)
+    report["optimizer"] += 4 * n.total  # fp32 weights are the optimizer's there
+    of_256 = {"weights": report["weights"] / 256, "gradients": report["gradients"] / 256,
+              "optimizer": report["optimizer"] / 256 / max(1, world // 256)}
+    yield line("GiB of the fullest GPU", *(f"{length:,} tokens" for length in lengths), "report's layout")
+    for part in ours[0]:
+        theirs = f"{of_256[part] / GiB:,.2f}" if part in of_256 else ""
+        yield line("  " + part, *(f"{parts[part] / GiB:,.2f}" for parts in ours), theirs)
+    totals = [sum(parts.values()) / GiB for parts in ours]
+    yield line("  all", *(f"{total:,.2f}" for total in totals), f"{sum(of_256.values()) / GiB:,.2f}")
+    fits = [f"{'fits' if total < 0.9 * run.gpu_gib else 'does not fit'}" for total in totals]
+    yield line(f"  90 % of {run.gpu_gib:g}", *fits)
+    yield line("ours", f"{world:,} GPUs, ep {ep}, dp {world // ep}; fp32 states in shares; "
+                          f"{'blocks recomputed' if run.recompute else 'nothing recomputed'}, no offload")
+    yield line("report's", f"16 stages x ep 16; {6 * n.total / 1e12:,.3f} TB of bf16 weights and fp32 "
+                           "gradients over 256 GPUs (R 2.4: about 6)")
+    yield line("", f"its optimizer over {max(1, world // 256)} replica(s), over many of them all states are "
+                   "about 30 GB a GPU; activations go to the CPU")
+    sent, tokens = sum(gpu_traffic(run, cfg, world, ep).values()), run.micro_batch * run.seq_len
+    there, here = sent / run.gpu_gbps / 1e9, tokens * n.train_flops(run.seq_len) / run.gpu_tflops / 1e12
+    yield line("traffic", f"{sent / 1e9:,.2f} GB that a GPU sends in a micro-batch of {tokens:,} tokens: "
+                          f"{there:,.2f} s at {run.gpu_gbps:g} GB/s;")
+    verdict = f"at most {here / there:.0%} are reached" if there * run.mfu > here else "traffic can hide in it"
+    yield line("", f"its arithmetic takes {here / run.mfu:,.2f} s at {run.mfu:.0%}; {verdict}")
+
+
+def plan_serving(run, cfg):
+    """One unit of GPUs: experts spread over all, the rest of the model on each, each user's cache on one."""
+    n, GiB = count_parameters(cfg), 2**30
+    rest = run.serve_bytes * (n.total - n.routed_experts)
+    experts, room = run.serve_bytes * n.routed_experts, 0.9 * run.gpu_gib * GiB
+    left = room - rest - n.cache_bytes_per_token() * cfg.max_position_embeddings
+    if not run.serve_gpus and left <= 0:
+        raise UserError(f"serving: what each GPU holds and a user's cache exceed 90 % of {run.gpu_gib:g} GiB")
+    gpus = run.serve_gpus or 8 * math.ceil(experts / left / 8)
+    weights = rest + experts / gpus
+    yield line("serving", f"{gpus} GPUs, {run.serve_bytes:g} B a weight: {weights / GiB:,.2f} GiB of "
+                          f"{run.gpu_gib:g} on each; a user's cache is on one")
+    yield line("  context", "GiB a user", "users", "tokens/s a user", "tokens/s, all", "$ rented a M")
+    for length in sorted({min(4096, cfg.max_position_embeddings), min(32_768, cfg.max_position_embeddings),
+                          cfg.max_position_embeddings}):
+        cache = n.cache_bytes_per_token() * length
+        users = int(max(0, room - weights) // cache)  # on each GPU
+        if users:
+            seconds = max((weights + users * cache) / run.gpu_tbps / 1e12,
+                          users * n.decode_flops(length) / run.gpu_tflops / 1e12)
+            all_of_them = users * gpus / seconds
+            yield line(f"  {length:,}", f"{cache / GiB:,.3f}", f"{users * gpus:,}", f"{1 / seconds:,.1f}",
+                          f"{all_of_them:,.0f}", f"{gpus * run.gpu_hour / all_of_them / 3600 * 1e6:,.3f}")
+        else:
+            yield line(f"  {length:,}", f"{cache / GiB:,.3f}", "no room")
+    yield line("", f"at most: what memory at {run.gpu_tbps:g} TB/s and {run.gpu_tflops:g} TFLOP/s allow")
+    power, rent = gpus * run.gpu_watts / 1000 * run.kwh_price, gpus * run.gpu_hour
+    own = gpus * run.gpu_price / (run.gpu_years * 8760)
+    yield line("owning", f"${own + power:,.2f} an hour: ${gpus * run.gpu_price:,.0f} over {run.gpu_years:g} "
+                         f"years, power at ${run.kwh_price:g} a kWh")
+    share = own / (rent - power) if rent > power else math.inf
+    yield line("renting", f"${rent:,.2f} an hour; " + (
+        f"dearer than owning when needed for more than {share:.0%} of the hours" if share <= 1 else
+        "never dearer than owning"))
 
 
 # ==================================================================================================
@@ -6358,6 +6494,182 @@ def describe(row):
     return ", ".join(parts) + "".join(f"\n    | {line}" for line in sample)
 
 
+# --- the dry run: one rank of many takes a step, without memory and without the others ---
+
+
+class Alike(Ranks):
+    """Rank 0 of `world` that all do the same. PyTorch's fake process group moves nothing."""
+
+    def __init__(self, world, ep):
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+        super().__init__(torch.device("cpu"), ep)
+        self.names = {dist.group.WORLD.group_name: f"all {world}"}
+        if self.many:
+            self.names |= {self.flat.get_group().group_name: f"all {world}"}
+            self.names |= {self.mesh[name].get_group().group_name: f"{name} {self.mesh[name].size()}"
+                           for name in ("dp", "ep")}
+
+    def sum(self, x):
+        return super().sum(x) if isinstance(x, torch.Tensor) else x * self.size
+
+
+class Ledger(TorchDispatchMode):
+    """Reads along while fake tensors are computed with: bytes that are alive, collectives. Where a program
+    asks for a tensor's values, it answers for a batch whose targets all count and heads that need no clip."""
+
+    KINDS = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter",
+             "allreduce_": "all-reduce", "alltoall_base_": "all-to-all", "all_to_all_single": "all-to-all"}
+
+    def __init__(self, ranks):
+        super().__init__()
+        self.ranks, self.alive, self.live, self.peaks = ranks, {}, 0, {}
+        self.sent, self.stage = collections.defaultdict(lambda: [0, 0]), "build"
+
+    def __enter__(self):
+        self.resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = lambda *args: self.resized(*args)  # as FSDP frees what it gathered
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.resize
+        return super().__exit__(*error)
+
+    def resized(self, storage, size):
+        self.resize(storage, size)
+        self.note(storage)
+        return storage
+
+    def note(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            weakref.finalize(storage, self.forget, key)
+        self.live += size - self.alive.get(key, 0)
+        self.alive[key] = size
+        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), self.live)
+
+    def forget(self, key):
+        self.live -= self.alive.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name == "aten::_local_scalar_dense" and args[0].dtype != torch.int64:
+            return False if args[0].dtype == torch.bool else 1.0
+        if name == "aten::nonzero":
+            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
+        if name == "_c10d_functional::wait_tensor":
+            return args[0]
+        if "c10d" in name:
+            self.collective(name, args)
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                tensor = getattr(tensor, "_local_tensor", tensor)  # a DTensor has no memory of its own
+                if tensor.device.type != "meta" and tensor.untyped_storage()._cdata not in self.alive:
+                    self.note(tensor.untyped_storage())
+        return out
+
+    def collective(self, name, args):
+        kind = self.KINDS.get(name.partition("::")[2], name)
+        group = next(group for group in map(self.group_of, args) if group)
+        size = max(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+        stage = self.stage
+        if stage == "passes" and kind != "all-reduce":
+            stage = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+        entry = self.sent[stage, kind, self.ranks.names[group.group_name]]
+        entry[0] += 1  # and what a rank sends, in a ring where there is a choice
+        entry[1] += size * (group.size() - 1) / group.size() * (2 if kind == "all-reduce" else 1)
+
+    @staticmethod
+    def group_of(argument):
+        """The process group that an operator was given, by name or in a box; None for other arguments."""
+        if isinstance(argument, str):
+            return dist.distributed_c10d._resolve_process_group(argument)
+        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
+            return dist.ProcessGroup.unbox(argument)
+        return None
+
+
+def dry_step(run, cfg):
+    """(ledger, bytes by part, model, micro-batches) of a step with two micro-batches, one where there are no
+    more. Routing is balanced; what depends on the device goes the CPU's way, but in bf16."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ranks = Alike(run.world, run.ep)
+    with torch.device("meta"):
+        model = KimiK2(cfg)
+    ranks.shard(model)
+    model.train().recompute = run.recompute
+    visits, n_micro = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, micro_batches(run)
+    even = [visits * (rank + 1) // run.ep - visits * rank // run.ep for rank in range(run.ep)]
+    for module in model.modules():
+        if isinstance(module, ExpertParallel):
+            module.split_sizes = lambda load: even
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(ranks) as ledger:
+        model.to_empty(device="cpu")
+        model.init_buffers()
+        held = {"weights": ledger.live}
+        opt = ranks.optimizer(model, kind=run.optimizer, ns_dtype=torch.bfloat16)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        held["gradients"] = ledger.live - held["weights"]
+        opt.step()
+        held["optimizer"] = ledger.live - sum(held.values())
+        opt.zero_grad()
+        ledger.sent.clear()
+        ledger.stage, rows = "passes", min(2, n_micro) * run.micro_batch
+        job = Job(run, cfg, None, ranks.device, None, None, ranks)
+        tokens = torch.zeros(rows, run.seq_len, dtype=torch.int64)
+        loss = accumulate(model, job, (tokens, tokens))
+        ledger.stage = "step"
+        update(model, opt, job, loss, run.lr)
+    dist.destroy_process_group()
+    return ledger, held, model, min(2, n_micro)
+
+
+def micro_batches(run):
+    """Of a step on each rank."""
+    return max(1, run.batch_size // (run.world * run.micro_batch))
+
+
+def dry_run(run, cfg):
+    """The step of one rank of many as text: shapes, collectives, memory beside the plan's."""
+    if not run.world or run.world % run.ep:
+        raise UserError(f"--dry_run needs --world N, a multiple of --ep {run.ep}")
+    run = dataclasses.replace(run, dtype="bf16")
+    (ledger, held, model, few), GiB, many = dry_step(run, cfg), 2**30, micro_batches(run)
+    text = [line("rank 0", f"of {run.world:,}, dp {run.world // run.ep} x ep {run.ep}; a step of {many:,} "
+                           f"micro-batches of {run.micro_batch} x {run.seq_len:,} tokens, bf16"), ""]
+    shapes = collections.Counter()
+    for name, p in model.named_parameters():
+        shapes[re.sub(r"layers\.\d+\.", "layers.N.", name), tuple(p.shape), tuple(local(p).shape)] += 1
+    text += [f"{'parameter':54s}{'layers':>6s}{'gathered':>20s}{'held':>20s}"]
+    text += [f"{name:54s}{count:6d}{whole!s:>20s}{here!s:>20s}" for (name, whole, here), count in shapes.items()]
+    text += ["", line("collectives", "over", "kind", "count", "GB sent each", "GB in a step")]
+    for (stage, kind, over), (count, size) in ledger.sent.items():
+        passes = (count // few, many) if stage in ("forward", "backward") else (count, 1)
+        text += [line("  " + stage, over, kind, f"{passes[0]:,} x {passes[1]:,}", f"{size / count / 1e9:,.4f}",
+                      f"{size / count * math.prod(passes) / 1e9:,.3f}")]
+    planned = gpu_memory(run, cfg, run.world, run.ep, run.seq_len)
+    states = sum(held.values())
+    text += ["", line("GiB of rank 0", "here", "planned")]
+    text += [line("  " + part, f"{size / GiB:,.3f}", f"{planned[part] / GiB:,.3f}") for part, size in held.items()]
+    rest = max(ledger.peaks["passes"], ledger.peaks["step"]) - states
+    text += [line("  gathered, activations", f"{rest / GiB:,.3f}",
+                  f"{(planned['gathered'] + planned['activations']) / GiB:,.3f}"),
+             line("  all", f"{(states + rest) / GiB:,.3f}", f"{sum(planned.values()) / GiB:,.3f}",
+                  f"{sum(planned.values()) / (states + rest) - 1:+.1%}"),
+             line("  largest in passes", f"{ledger.peaks['passes'] / GiB:,.3f}"),
+             line("  largest in the step", f"{ledger.peaks['step'] / GiB:,.3f}")]
+    return "\n".join(text)
+
+
+def local(p):
+    """What this rank holds of a parameter."""
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
 # ==================================================================================================
 # 7  Stages
 # ==================================================================================================
@@ -7151,9 +7463,9 @@ def finish(job, stage, work):
 def main(argv=None):
     command, run_fields, model_fields = parse_command(sys.argv[1:] if argv is None else argv)
     try:
-        if command["plan"]:
-            print(plan(*configure(run_fields, model_fields)))
-            return
+        for what, show in (("plan", plan), ("dry_run", dry_run)):
+            if command[what]:
+                return print(show(*configure(run_fields, model_fields)))
         ranks = Ranks(pick_device(run_fields.get("device", "auto")), run_fields.get("ep", 1))
         with ranks.speaking():
             with ranks.one_by_one():
