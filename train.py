@@ -393,13 +393,13 @@ def configure(run_fields, model_fields):
 
 
 def whole_layers(cfg, ep):
-    """Elements that a rank gathers: of a layer with experts, of a dense layer, of lm_head."""
-    n, L = count_parameters(cfg), cfg.num_hidden_layers
-    dense = min(1, cfg.first_k_dense_replace) * 3 * cfg.hidden_size * cfg.intermediate_size
-    n_moe = L - cfg.first_k_dense_replace
-    moe = (n.routed_experts / ep + n.shared_experts + n.router) / max(1, n_moe)
-    every = (n.attention + n.norms) / L
-    return (every + moe if n_moe else 0), (every + dense if dense else 0), n.embedding
+    """Elements that a rank gathers: of a layer with experts, of a dense layer; of these experts, of lm_head."""
+    n, C = count_parameters(cfg), cfg.hidden_size
+    n_moe = max(1, cfg.num_hidden_layers - cfg.first_k_dense_replace)
+    every = (n.attention + n.norms) / cfg.num_hidden_layers
+    experts = n.routed_experts / ep / n_moe
+    moe = every + experts + (n.shared_experts + n.router) / n_moe
+    return moe, every + 3 * C * cfg.intermediate_size, experts, n.embedding
 
 
 def gpu_memory(run, cfg, world, ep, length):
@@ -410,29 +410,39 @@ def gpu_memory(run, cfg, world, ep, length):
     held = n_moe * experts * 3 * C * F + (n.total - n.routed_experts) / world
     states = {"weights": 4 * held, "gradients": 4 * held,
               "optimizer": 4 * held + 4 * (2 * n.embedding + n.norms) / world}
-    moe, dense, head = whole_layers(cfg, ep) if world > 1 else (0, 0, 0)
     tokens, bf16 = max(1, run.micro_batch * run.seq_len // length) * length, run.dtype != "fp32"
     e, D, v = 2 if bf16 else 4, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim
     stream = 4 * tokens * C  # what a block reads
-    block = stream * 8 + e * tokens * H * (4 * D + 3 * v)
-    block += e * tokens * (K * (6 * C + 5 * F) + 3 * cfg.n_shared_experts * F) if n_moe else 0
-    block += 2 * max(moe, dense) if bf16 else 0  # copies of its weights for the products
-    kept = cfg.num_hidden_layers * (stream if run.recompute else block)
-    # two moments compete: a block's backward, and the embedding's, when all blocks are done
-    moments = [{"gathered": 4 * (2 * head + 3 * max(moe, dense)), "activations": kept + block},
-               {"gathered": 4 * (4 * head + dense), "activations": stream}]
-    return {**states, **max(moments, key=lambda parts: sum(parts.values()))}
+    attention = 5 * stream + e * tokens * H * (4 * D + 3 * v)
+    routed = e * tokens * (K * 5 * (C + F) + 3 * cfg.n_shared_experts * F)
+    moe, dense, experts, head = whole_layers(cfg, ep)
+    blocks = {"moe": attention + routed, "dense": attention + e * tokens * 6 * cfg.intermediate_size}
+    if bf16:  # copies of the weights for the products
+        blocks = {"moe": blocks["moe"] + 2 * moe, "dense": blocks["dense"] + 2 * dense}
+    n_dense, many = cfg.first_k_dense_replace, world > 1
+    all_kept = stream * (n_moe + n_dense) if run.recompute else n_moe * blocks["moe"] + n_dense * blocks["dense"]
+    # three moments compete: the backward pass of the last block with experts, of a dense one, of the embedding;
+    # gathered are a block's weights, the next one's and what its gradients have taken so far
+    moments = [(many * 4 * 4 * head + many * 4 * dense * bool(n_dense), stream)]
+    if n_moe:
+        gathered = moe + max(moe, dense * bool(n_dense)) + moe - experts
+        moments.append((many * 4 * (2 * head + gathered), all_kept + blocks["moe"]))
+    if n_dense:
+        moments.append((many * 4 * (2 * head + 3 * dense),
+                        stream * n_dense + blocks["dense"] * (1 if run.recompute else n_dense)))
+    return {**states, **dict(zip(("gathered", "activations"), max(moments, key=sum)))}
 
 
 def gpu_traffic(run, cfg, world, ep):
     """Bytes that a rank sends in a micro-batch: gathering weights, summing gradients, tokens to experts."""
-    n_moe, (moe, dense, head) = cfg.num_hidden_layers - cfg.first_k_dense_replace, whole_layers(cfg, ep)
-    blocks, e = n_moe * moe + cfg.first_k_dense_replace * dense, 4 if run.dtype == "fp32" else 2
-    visits = run.micro_batch * run.seq_len * cfg.num_experts_per_tok
+    n, n_moe = count_parameters(cfg), cfg.num_hidden_layers - cfg.first_k_dense_replace
+    experts = n.routed_experts / ep * (1 - ep / world)  # among dp ranks; all else among all of them
+    others = (n.total - n.routed_experts) * (1 - 1 / world)
+    again = n.embedding * (1 - 1 / world)  # lm_head stays for the backward pass
+    visits, e = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, 4 if run.dtype == "fp32" else 2
     passes = 6 if run.recompute else 4  # there and back; forward, again, backward
-    return {"weights": 4 * (2 * blocks + 2 * head) * (1 - 1 / world),
-            "gradients": 4 * (blocks + 2 * head) * (1 - 1 / world),
-            "tokens": passes * n_moe * e * visits * cfg.hidden_size * (1 - 1 / ep)}
+    return {"weights": 4 * (2 * (experts + others) - again), "gradients": 4 * (experts + others),
+            "tokens": passes * n_moe * e * visits * (cfg.hidden_size + 1) * (1 - 1 / ep)}
 
 
 def smallest_world(run, cfg):
@@ -452,12 +462,12 @@ def line(name, *cells):
 
 
 def plan(run, cfg):
-    """What a run and then serving its model cost, as text."""
+    """What a run and then serving its model cost, line by line."""
     if run.world and run.world % run.ep:
         raise ValueError(f"ep {run.ep} must divide world {run.world}")
     world, ep = (run.world, run.ep) if run.world else smallest_world(run, cfg)
-    return "\n".join([*plan_model(cfg), "", *plan_run(run, cfg, world), "", *plan_memory(run, cfg, world, ep),
-                      "", *plan_serving(run, cfg)])
+    yield from (*plan_model(cfg), "", *plan_run(run, cfg, world), "", *plan_memory(run, cfg, world, ep), "",
+                *plan_serving(run, cfg))
 
 
 def plan_model(cfg):
@@ -514,7 +524,8 @@ def plan_memory(run, cfg, world, ep):
     there, here = sent / run.gpu_gbps / 1e9, tokens * n.train_flops(run.seq_len) / run.gpu_tflops / 1e12
     yield line("traffic", f"{sent / 1e9:,.2f} GB that a GPU sends in a micro-batch of {tokens:,} tokens: "
                           f"{there:,.2f} s at {run.gpu_gbps:g} GB/s;")
-    verdict = f"at most {here / there:.0%} are reached" if there * run.mfu > here else "traffic can hide in it"
+    hides = there * run.mfu < here
+    verdict = "traffic can hide in it" if hides else f"at most {here / there:.0%} are reached"
     yield line("", f"its arithmetic takes {here / run.mfu:,.2f} s at {run.mfu:.0%}; {verdict}")
 
 
@@ -6619,6 +6630,7 @@ def dry_step(run, cfg):
         opt.zero_grad()
         ledger.sent.clear()
         ledger.stage, rows = "passes", min(2, n_micro) * run.micro_batch
+        ledger.peaks.clear()
         job = Job(run, cfg, None, ranks.device, None, None, ranks)
         tokens = torch.zeros(rows, run.seq_len, dtype=torch.int64)
         loss = accumulate(model, job, (tokens, tokens))
@@ -6634,35 +6646,37 @@ def micro_batches(run):
 
 
 def dry_run(run, cfg):
-    """The step of one rank of many as text: shapes, collectives, memory beside the plan's."""
+    """The step of one rank of many, line by line: shapes, collectives, memory beside the plan's."""
     if not run.world or run.world % run.ep:
         raise UserError(f"--dry_run needs --world N, a multiple of --ep {run.ep}")
     run = dataclasses.replace(run, dtype="bf16")
     (ledger, held, model, few), GiB, many = dry_step(run, cfg), 2**30, micro_batches(run)
-    text = [line("rank 0", f"of {run.world:,}, dp {run.world // run.ep} x ep {run.ep}; a step of {many:,} "
-                           f"micro-batches of {run.micro_batch} x {run.seq_len:,} tokens, bf16"), ""]
+    yield line("rank 0", f"of {run.world:,}, dp {run.world // run.ep} x ep {run.ep}; a step of {many:,} "
+                         f"micro-batches of {run.micro_batch} x {run.seq_len:,} tokens, bf16")
+    yield ""
     shapes = collections.Counter()
     for name, p in model.named_parameters():
         shapes[re.sub(r"layers\.\d+\.", "layers.N.", name), tuple(p.shape), tuple(local(p).shape)] += 1
-    text += [f"{'parameter':54s}{'layers':>6s}{'gathered':>20s}{'held':>20s}"]
-    text += [f"{name:54s}{count:6d}{whole!s:>20s}{here!s:>20s}" for (name, whole, here), count in shapes.items()]
-    text += ["", line("collectives", "over", "kind", "count", "GB sent each", "GB in a step")]
+    yield f"{'parameter':54s}{'layers':>6s}{'gathered':>20s}{'held':>20s}"
+    for (name, whole, here), count in shapes.items():
+        yield f"{name:54s}{count:6d}{whole!s:>20s}{here!s:>20s}"
+    yield ""
+    yield line("collectives", "over", "kind", "count", "GB sent each", "GB in a step")
     for (stage, kind, over), (count, size) in ledger.sent.items():
-        passes = (count // few, many) if stage in ("forward", "backward") else (count, 1)
-        text += [line("  " + stage, over, kind, f"{passes[0]:,} x {passes[1]:,}", f"{size / count / 1e9:,.4f}",
-                      f"{size / count * math.prod(passes) / 1e9:,.3f}")]
-    planned = gpu_memory(run, cfg, run.world, run.ep, run.seq_len)
-    states = sum(held.values())
-    text += ["", line("GiB of rank 0", "here", "planned")]
-    text += [line("  " + part, f"{size / GiB:,.3f}", f"{planned[part] / GiB:,.3f}") for part, size in held.items()]
-    rest = max(ledger.peaks["passes"], ledger.peaks["step"]) - states
-    text += [line("  gathered, activations", f"{rest / GiB:,.3f}",
-                  f"{(planned['gathered'] + planned['activations']) / GiB:,.3f}"),
-             line("  all", f"{(states + rest) / GiB:,.3f}", f"{sum(planned.values()) / GiB:,.3f}",
-                  f"{sum(planned.values()) / (states + rest) - 1:+.1%}"),
-             line("  largest in passes", f"{ledger.peaks['passes'] / GiB:,.3f}"),
-             line("  largest in the step", f"{ledger.peaks['step'] / GiB:,.3f}")]
-    return "\n".join(text)
+        n, times = (count // few, many) if stage in ("forward", "backward") else (count, 1)
+        yield line("  " + stage, over, kind, f"{n:,} x {times:,}", f"{size / count / 1e9:,.4f}",
+                   f"{size / count * n * times / 1e9:,.3f}")
+    yield ""
+    planned, here = gpu_memory(run, cfg, run.world, run.ep, run.seq_len), max(ledger.peaks.values())
+    yield line("GiB of rank 0", "here", "planned")
+    for part, size in held.items():
+        yield line("  " + part, f"{size / GiB:,.3f}", f"{planned[part] / GiB:,.3f}")
+    yield line("  gathered, activations", f"{(here - sum(held.values())) / GiB:,.3f}",
+               f"{(planned['gathered'] + planned['activations']) / GiB:,.3f}")
+    planned = sum(planned.values())
+    yield line("  all", f"{here / GiB:,.3f}", f"{planned / GiB:,.3f}", f"{planned / here - 1:+.1%}")
+    yield line("  most in a pass", f"{ledger.peaks['passes'] / GiB:,.3f}")
+    yield line("  most in the update", f"{ledger.peaks['step'] / GiB:,.3f}")
 
 
 def local(p):
@@ -7465,7 +7479,7 @@ def main(argv=None):
     try:
         for what, show in (("plan", plan), ("dry_run", dry_run)):
             if command[what]:
-                return print(show(*configure(run_fields, model_fields)))
+                return print("\n".join(show(*configure(run_fields, model_fields))))
         ranks = Ranks(pick_device(run_fields.get("device", "auto")), run_fields.get("ep", 1))
         with ranks.speaking():
             with ranks.one_by_one():
