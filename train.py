@@ -102,7 +102,7 @@ from kimi_k2 import (
 class RunConfig:
     """How to train. None means the preset's value (RUN_DEFAULTS). The comments are the --help."""
 
-    preset: str = "tiny"  # size of the model: nano, tiny, small, medium, moonlight, k2
+    preset: str = "tiny"  # size of the model: nano, tiny, mini, small, medium, moonlight, k2
     out: str = "runs/toy"  # folder of the run; an existing one is continued, never overwritten
     data: str | None = None  # own text: .txt, .md, .jsonl, a folder, or hf:NAME; none: the toy corpora
     max_documents: int | None = None  # use at most so many documents of each domain
@@ -216,6 +216,11 @@ RUN_DEFAULTS = {
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
                  trajectories=5000, sft_steps=600, sft_lr=2e-3, sft_len=256,
                  rl_steps=16, rl_lr=3e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
+                 rl_pool=300),
+    "mini": dict(steps=4000, batch_size=32, seq_len=512, lr=3e-3, warmup=100, tau=30.0,
+                 bias_update_rate=3e-3, eval_every=500, eval_tokens=2**16, save_every=500,
+                 trajectories=20_000, sft_steps=800, sft_lr=1e-3, sft_len=512,
+                 rl_steps=60, rl_lr=1e-4, rl_prompts=64, rl_samples=8, rl_budget=128, rl_segment=64,
                  rl_pool=300),
     "small": dict(steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200, tau=100.0,
                   bias_update_rate=1e-3, eval_every=500, eval_tokens=2**19, save_every=500,
@@ -393,7 +398,7 @@ def configure(run_fields, model_fields):
 
 
 def whole_layers(cfg, ep):
-    """Elements that a rank gathers: of a layer with experts, of a dense layer; of these experts, of lm_head."""
+    """Elements that a rank gathers: of a layer with experts, of a dense layer; its experts alone; lm_head."""
     n, C = count_parameters(cfg), cfg.hidden_size
     n_moe = max(1, cfg.num_hidden_layers - cfg.first_k_dense_replace)
     every = (n.attention + n.norms) / cfg.num_hidden_layers
@@ -410,26 +415,26 @@ def gpu_memory(run, cfg, world, ep, length):
     held = n_moe * experts * 3 * C * F + (n.total - n.routed_experts) / world
     states = {"weights": 4 * held, "gradients": 4 * held,
               "optimizer": 4 * held + 4 * (2 * n.embedding + n.norms) / world}
-    tokens, bf16 = max(1, run.micro_batch * run.seq_len // length) * length, run.dtype != "fp32"
-    e, D, v = 2 if bf16 else 4, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim
+    tokens, e = max(1, run.micro_batch * run.seq_len // length) * length, 4 if run.dtype == "fp32" else 2
+    D, v = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim
     stream = 4 * tokens * C  # what a block reads
     attention = 5 * stream + e * tokens * H * (4 * D + 3 * v)
     routed = e * tokens * (K * 5 * (C + F) + 3 * cfg.n_shared_experts * F)
     moe, dense, experts, head = whole_layers(cfg, ep)
-    blocks = {"moe": attention + routed, "dense": attention + e * tokens * 6 * cfg.intermediate_size}
-    if bf16:  # copies of the weights for the products
-        blocks = {"moe": blocks["moe"] + 2 * moe, "dense": blocks["dense"] + 2 * dense}
-    n_dense, many = cfg.first_k_dense_replace, world > 1
-    all_kept = stream * (n_moe + n_dense) if run.recompute else n_moe * blocks["moe"] + n_dense * blocks["dense"]
-    # three moments compete: the backward pass of the last block with experts, of a dense one, of the embedding;
-    # gathered are a block's weights, the next one's and what its gradients have taken so far
-    moments = [(many * 4 * 4 * head + many * 4 * dense * bool(n_dense), stream)]
+    n_dense, many, bf16 = cfg.first_k_dense_replace, 4 * (world > 1), 2 * (run.dtype != "fp32")
+    # what a block with experts and a dense one take in their backward passes, bf16 copies of the weights too
+    block = [attention + routed + bf16 * moe,
+             attention + e * tokens * 6 * cfg.intermediate_size + bf16 * dense]
+    kept, anew = ([stream, stream], block) if run.recompute else (block, [0, 0])
+    # Three moments compete: the last block with experts, the last dense one, the embedding. Gathered are a
+    # block's weights and the next one's, and what its gradients have taken so far.
+    first = dense if n_dense else 0
+    moments = [(many * (4 * head + first), stream)]
     if n_moe:
-        gathered = moe + max(moe, dense * bool(n_dense)) + moe - experts
-        moments.append((many * 4 * (2 * head + gathered), all_kept + blocks["moe"]))
+        moments.append((many * (2 * head + 2 * moe + max(moe, first) - experts),
+                        n_moe * kept[0] + n_dense * kept[1] + anew[0]))
     if n_dense:
-        moments.append((many * 4 * (2 * head + 3 * dense),
-                        stream * n_dense + blocks["dense"] * (1 if run.recompute else n_dense)))
+        moments.append((many * (2 * head + 3 * dense), n_dense * kept[1] + anew[1]))
     return {**states, **dict(zip(("gathered", "activations"), max(moments, key=sum)))}
 
 
@@ -497,35 +502,36 @@ def plan_run(run, cfg, world):
 
 
 def plan_memory(run, cfg, world, ep):
-    """Ours for rows of the lengths that are trained and reached; the report's beside it."""
+    """Ours for rows of the lengths that are trained and reached; on many GPUs the report's beside it."""
     n, GiB = count_parameters(cfg), 2**30
     course = phases(run, cfg, types.SimpleNamespace(weights={}, anneal_weights={}))
     lengths = sorted({*(phase.seq_len for phase in course), course[-1].context[0]})
     ours = [gpu_memory(run, cfg, world, ep, length) for length in lengths]
-    report = n.training_bytes(weight=2, gradient=4, state=4)
-    report["optimizer"] += 4 * n.total  # fp32 weights are the optimizer's there
-    of_256 = {"weights": report["weights"] / 256, "gradients": report["gradients"] / 256,
-              "optimizer": report["optimizer"] / 256 / max(1, world // 256)}
-    yield line("GiB of the fullest GPU", *(f"{length:,} tokens" for length in lengths), "report's layout")
-    for part in ours[0]:
-        theirs = f"{of_256[part] / GiB:,.2f}" if part in of_256 else ""
-        yield line("  " + part, *(f"{parts[part] / GiB:,.2f}" for parts in ours), theirs)
-    totals = [sum(parts.values()) / GiB for parts in ours]
-    yield line("  all", *(f"{total:,.2f}" for total in totals), f"{sum(of_256.values()) / GiB:,.2f}")
-    fits = [f"{'fits' if total < 0.9 * run.gpu_gib else 'does not fit'}" for total in totals]
-    yield line(f"  90 % of {run.gpu_gib:g}", *fits)
+    report = n.training_bytes(weight=2 / 256, gradient=4 / 256, state=4 / 256)
+    replicas = max(1, world // 256)  # fp32 weights are the optimizer's there
+    report["optimizer"] = (report["optimizer"] + report["gradients"]) / replicas
+    total = [sum(parts.values()) / GiB for parts in (*ours, report)]
+    table = [("GiB of the fullest GPU", *(f"{length:,} tokens" for length in lengths), "report's layout")]
+    table += [("  " + part, *(f"{parts[part] / GiB:,.2f}" if part in parts else ""
+                              for parts in (*ours, report))) for part in ours[0]]
+    table += [("  all", *(f"{size:,.2f}" for size in total)),
+              (f"  90 % of {run.gpu_gib:g}", *("fits" if size < 0.9 * run.gpu_gib else "does not fit"
+                                               for size in total))]
+    for row in table:
+        yield line(*row if world > 1 else row[: 1 + len(lengths)])
     yield line("ours", f"{world:,} GPUs, ep {ep}, dp {world // ep}; fp32 states in shares; "
-                          f"{'blocks recomputed' if run.recompute else 'nothing recomputed'}, no offload")
+                       f"{'blocks recomputed' if run.recompute else 'nothing recomputed'}, no offload")
+    if world == 1:
+        return
     yield line("report's", f"16 stages x ep 16; {6 * n.total / 1e12:,.3f} TB of bf16 weights and fp32 "
                            "gradients over 256 GPUs (R 2.4: about 6)")
-    yield line("", f"its optimizer over {max(1, world // 256)} replica(s), over many of them all states are "
-                   "about 30 GB a GPU; activations go to the CPU")
+    yield line("", f"its optimizer over {replicas} replica(s), over many all states are about 30 GB a GPU; "
+                   "activations go to the CPU")
     sent, tokens = sum(gpu_traffic(run, cfg, world, ep).values()), run.micro_batch * run.seq_len
     there, here = sent / run.gpu_gbps / 1e9, tokens * n.train_flops(run.seq_len) / run.gpu_tflops / 1e12
     yield line("traffic", f"{sent / 1e9:,.2f} GB that a GPU sends in a micro-batch of {tokens:,} tokens: "
                           f"{there:,.2f} s at {run.gpu_gbps:g} GB/s;")
-    hides = there * run.mfu < here
-    verdict = "traffic can hide in it" if hides else f"at most {here / there:.0%} are reached"
+    verdict = "traffic hides in it" if there * run.mfu < here else f"at most {here / there:.0%} are reached"
     yield line("", f"its arithmetic takes {here / run.mfu:,.2f} s at {run.mfu:.0%}; {verdict}")
 
 
@@ -6535,8 +6541,11 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, ranks):
         super().__init__()
-        self.ranks, self.alive, self.live, self.peaks = ranks, {}, 0, {}
-        self.sent, self.stage = collections.defaultdict(lambda: [0, 0]), "build"
+        self.ranks, self.alive, self.live = ranks, {}, 0
+        self.begin("build")
+
+    def begin(self, stage):
+        self.stage, self.peaks, self.sent = stage, {}, collections.defaultdict(lambda: [0, 0])
 
     def __enter__(self):
         self.resize = torch.UntypedStorage.resize_
@@ -6607,37 +6616,37 @@ def dry_step(run, cfg):
     more. Routing is balanced; what depends on the device goes the CPU's way, but in bf16."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    ranks = Alike(run.world, run.ep)
-    with torch.device("meta"):
-        model = KimiK2(cfg)
-    ranks.shard(model)
-    model.train().recompute = run.recompute
-    visits, n_micro = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, micro_batches(run)
+    ranks, run = Alike(run.world, run.ep), dataclasses.replace(run, dtype="bf16")
+    job = Job(run, cfg, None, ranks.device, None, None, ranks)
+    visits, few = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, min(2, micro_batches(run))
     even = [visits * (rank + 1) // run.ep - visits * rank // run.ep for rank in range(run.ep)]
-    for module in model.modules():
-        if isinstance(module, ExpertParallel):
-            module.split_sizes = lambda load: even
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(ranks) as ledger:
-        model.to_empty(device="cpu")
-        model.init_buffers()
-        held = {"weights": ledger.live}
-        opt = ranks.optimizer(model, kind=run.optimizer, ns_dtype=torch.bfloat16)
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        held["gradients"] = ledger.live - held["weights"]
-        opt.step()
-        held["optimizer"] = ledger.live - sum(held.values())
-        opt.zero_grad()
-        ledger.sent.clear()
-        ledger.stage, rows = "passes", min(2, n_micro) * run.micro_batch
-        ledger.peaks.clear()
-        job = Job(run, cfg, None, ranks.device, None, None, ranks)
-        tokens = torch.zeros(rows, run.seq_len, dtype=torch.int64)
-        loss = accumulate(model, job, (tokens, tokens))
-        ledger.stage = "step"
-        update(model, opt, job, loss, run.lr)
-    dist.destroy_process_group()
-    return ledger, held, model, min(2, n_micro)
+    try:
+        with torch.device("meta"):
+            model = KimiK2(cfg)
+        ranks.shard(model)
+        model.train().recompute = run.recompute
+        for module in model.modules():
+            if isinstance(module, ExpertParallel):
+                module.split_sizes = lambda load: even
+        with FakeTensorMode(allow_non_fake_inputs=True), Ledger(ranks) as ledger:
+            model.to_empty(device="cpu")
+            model.init_buffers()
+            held = {"weights": ledger.live}
+            opt = ranks.optimizer(model, kind=run.optimizer, ns_dtype=torch.bfloat16)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            held["gradients"] = ledger.live - held["weights"]
+            opt.step()  # its state is there before any later step
+            held["optimizer"] = ledger.live - sum(held.values())
+            opt.zero_grad()
+            ledger.begin("passes")
+            tokens = torch.zeros(few * run.micro_batch, run.seq_len, dtype=torch.int64)
+            loss = accumulate(model, job, (tokens, tokens))
+            ledger.stage = "update"
+            update(model, opt, job, loss, run.lr)
+    finally:
+        dist.destroy_process_group()
+    return ledger, held, model, few
 
 
 def micro_batches(run):
@@ -6649,7 +6658,8 @@ def dry_run(run, cfg):
     """The step of one rank of many, line by line: shapes, collectives, memory beside the plan's."""
     if not run.world or run.world % run.ep:
         raise UserError(f"--dry_run needs --world N, a multiple of --ep {run.ep}")
-    run = dataclasses.replace(run, dtype="bf16")
+    if run.dtype == "fp32":
+        raise UserError("--dry_run computes in bf16, PyTorch's fake tensors know the experts' product in no other")
     (ledger, held, model, few), GiB, many = dry_step(run, cfg), 2**30, micro_batches(run)
     yield line("rank 0", f"of {run.world:,}, dp {run.world // run.ep} x ep {run.ep}; a step of {many:,} "
                          f"micro-batches of {run.micro_batch} x {run.seq_len:,} tokens, bf16")
@@ -6676,7 +6686,7 @@ def dry_run(run, cfg):
     planned = sum(planned.values())
     yield line("  all", f"{here / GiB:,.3f}", f"{planned / GiB:,.3f}", f"{planned / here - 1:+.1%}")
     yield line("  most in a pass", f"{ledger.peaks['passes'] / GiB:,.3f}")
-    yield line("  most in the update", f"{ledger.peaks['step'] / GiB:,.3f}")
+    yield line("  most in the update", f"{ledger.peaks['update'] / GiB:,.3f}")
 
 
 def local(p):

@@ -447,6 +447,22 @@ def test_plan_of_the_full_model(capsys):
     assert flops == pytest.approx(6 * 31.7e9 * 15.5e12, rel=0.12)  # attention adds about 8 %
 
 
+def test_transformers_says_what_a_trained_run_says(finished):
+    """Trained through YaRN, exported, loaded there with its tokenizer: the same greedy text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = finished[0] / "model"
+    ours, tok = load_pretrained(folder)
+    theirs, theirs_tok = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.cfg.rope_scaling["type"] == "yarn"
+    for prompt in ("The", "Problem: What is", "def "):
+        ids = theirs_tok(prompt, return_tensors="pt", add_special_tokens=False)
+        assert ids["input_ids"].tolist() == [tok.encode(prompt)]
+        said = theirs.generate(**ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+        expected = ours.generate(torch.tensor([tok.encode(prompt)]), max_new_tokens=24, temperature=0)
+        assert theirs_tok.decode(said[0]) == tok.decode(expected[0].tolist())
+
+
 @pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--optimizer", "adamw"], ["--recompute", "true"],
                                    ["--micro_batch", "2"], ["--dtype", "bf16"]])
 def test_switches_train(tmp_path, flags):
