@@ -6659,7 +6659,7 @@ def dry_run(run, cfg):
     if not run.world or run.world % run.ep:
         raise UserError(f"--dry_run needs --world N, a multiple of --ep {run.ep}")
     if run.dtype == "fp32":
-        raise UserError("--dry_run computes in bf16, PyTorch's fake tensors know the experts' product in no other")
+        raise UserError("--dry_run computes in bf16: fake tensors know the experts' products in no other")
     (ledger, held, model, few), GiB, many = dry_step(run, cfg), 2**30, micro_batches(run)
     yield line("rank 0", f"of {run.world:,}, dp {run.world // run.ep} x ep {run.ep}; a step of {many:,} "
                          f"micro-batches of {run.micro_batch} x {run.seq_len:,} tokens, bf16")
