@@ -3192,7 +3192,7 @@ OPERATIONS = {
         "Done.", ("Rename {o} {name} to {new}.", "Call {o} {name} {new} from now on.")),
     "copy": Operation("object", "Copy a {o}.", {"name": "string", "new": "string"},
         lambda items, at, name, new: copy_item(items, at.object, name, new, keep=True),
-        "Done.", ("Copy {o} {name} as {new}.", "Make a copy {new} of {o} {name}.")),
+        "Done.", ("Copy {o} {name} as {new}.", "Make a copy of {o} {name} named {new}.")),
 }
 
 
@@ -3267,12 +3267,11 @@ def evolved_tool(name):
 
 # Copying is what a toy learns last. It is learned first where the source is one token, told by its kind and
 # unlike its copy: " Fox" in a request is another token than the "Fox" of a call. Where both are the same,
-# copies made earlier drown the source: so users say numbers in words.
+# copies made earlier drown the source: so users say numbers in words. Every word and number has to be met
+# often enough: so they are few, and numbers are tens, whose sums are tens.
 LABELS = ("Fox Owl Elk Bear Wolf Hare Lynx Mole Crow Swan Toad Seal "
           "Gull Wren Oak Fir Yew Fig Iris Rose Lily Moss Fern Reed").split()
-NUMBERS = dict(zip((*range(10, 20), *range(20, 100, 10)), (
-    "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
-    "twenty thirty forty fifty sixty seventy eighty ninety").split()))
+NUMBERS = dict(zip(range(10, 100, 10), "ten twenty thirty forty fifty sixty seventy eighty ninety".split()))
 DAYS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 MONTHS = ("January February March April May June July August September October November "
           "December").split()
@@ -4279,7 +4278,7 @@ def tool_documents(run, count=5_000):
         rng = random.Random(f"page {run.seed} {number}")
         pool = toolbox.pool(rng.choice(toolbox.keys["seen"]), "seen")
         lines = [(rng.choice(AGENTS).format(area_of(pool[0])), False)]
-        for kind in rng.choices(("single", "multi", "parallel", "none"), (7, 5, 1, 1), k=4):
+        for kind in rng.choices(("single", "multi", "parallel", "none"), (7, 5, 2, 1), k=4):
             tables, results = tables_for(pool, rng), []
             task = KINDS[kind](rng, pool, tables)
             if not task or task.then:
@@ -4300,13 +4299,26 @@ def tool_documents(run, count=5_000):
 DRILLS = (  # read, written, read, written ...: all that is written was read before
     ("Put {a} to {said}.", '{{"name":"{a}","value":{n}}}', '{{"result":{n}}}', "It is now {n}."),
     ("Put {a} to {word}.", '{{"name":"{a}","value":"{word}"}}', '{{"result":"{word}"}}', "It is now {word}."),
-    ("Call {a} {b}.", '{{"name":"{a}","new":"{b}"}}'),
-    ("Find.", "{{}}", '{{"found":"{a}","result":{n}}}', "It is {a} with {n}."),
-    ("Find and put {said}.", "{{}}", '{{"found":"{a}","result":10}}', '{{"name":"{a}","value":{n}}}',
-     '{{"result":{n}}}', "It is now {n}."),
+    ("Add {said} to {a}.", '{{"name":"{a}","by":{n}}}', '{{"result":{m}}}', "It is now {m}."),
+    ("Call {a} {b}.", '{{"name":"{a}","new":"{b}"}}', '{{"named":"{b}"}}', "Done."),
+    ("Get {a}.", '{{"name":"{a}"}}', '{{"result":{m}}}', "It is {m}."),
+    ("Get {a}.", '{{"name":"{a}"}}', '{{"result":"{word}"}}', "It is {word}."),
+    ("Total.", "{{}}", '{{"total":{m}}}', "It is {m}."),
+    ("Highest.", "{{}}", '{{"found":"{a}","result":{n}}}', "It is {a} with {n}."),
+    ("Find {word}.", '{{"value":"{word}"}}', '{{"names":["{a}","{b}"]}}', "I found {a}, {b}."),
+    ("Find {said}.", '{{"value":{n}}}', '{{"names":["{a}"]}}', "I found {a}."),
     ("List.", "{{}}", '{{"names":["{a}","{b}","{c}"]}}', "I found {a}, {b}, {c}."),
+    ("List.", "{{}}", '{{"names":["{a}","{b}","{c}","{d}"]}}', "I found {a}, {b}, {c}, {d}."),
+    ("Put {a} to the highest.", "{{}}", '{{"found":"{b}","result":{n}}}', '{{"name":"{a}","value":{n}}}',
+     '{{"result":{n}}}', "It is now {n}."),
+    ("Get the highest.", "{{}}", '{{"found":"{b}","result":{n}}}', '{{"name":"{b}"}}',
+     '{{"result":{m}}}', "It is {m}."),
+    ("Get {a}. Put {b} to {said}.", '{{"name":"{a}"}}\n{{"name":"{b}","value":{n}}}',
+     '{{"result":{m}}}\n{{"result":{n}}}', "It is {m}. It is now {n}."),
     ("I am {who}.", "{who}, hello."),
     ("In {application}: {verb}, the {f} of {o}.", "functions.{application}_{verb}_{o}_{f}"),
+    ("In {application}: {verb} the {f} of a {o}.", "functions.{application}_{verb}_{o}_{f}"),
+    ("In {application}: {verb} {o}.", "functions.{application}_{verb}_{o}"),
 )
 
 
@@ -4320,8 +4332,8 @@ def drill_documents(run, count=4_000):
     for number in range(min(count, run.max_documents or count)):
         rng, lines = random.Random(f"drill {run.seed} {number}"), []
         for _ in range(5):
-            a, b, c = rng.sample(LABELS, 3)
-            slots = {"a": a, "b": b, "c": c, "n": new_number(rng), "word": rng.choice(words),
+            slots = {**dict(zip("abcd", rng.sample(LABELS, 4))), "n": new_number(rng),
+                     "m": sum(rng.choices(list(NUMBERS), k=rng.randrange(1, 4))), "word": rng.choice(words),
                      "who": rng.choice(PEOPLE), "application": rng.choice(applications),
                      "verb": rng.choice(list(OPERATIONS)), "o": rng.choice(list(objects)),
                      "f": rng.choice(fields)}
