@@ -2747,7 +2747,8 @@ def column_total(state, table, column):
 
 
 ROOMS = {"Ash": 4, "Birch": 8, "Cedar": 20, "Elm": 60}  # seats
-ROOM, SLOT = f"{'|'.join(ROOMS)}: the room", "morning|afternoon|evening: the part of the day"
+SLOTS = ("morning", "afternoon", "evening")
+ROOM, SLOT = f"{'|'.join(ROOMS)}: the room", f"{'|'.join(SLOTS)}: the part of the day"
 
 
 def booking_of(room, date, slot):
@@ -3497,7 +3498,7 @@ WISHES = {  # what users want of the real tools: requests, arguments drawn for (
                       "I found {0[bookings]}."),
     "book_room": (("Book room {room} on {date}, {slot}, for {name}.",), lambda rng, _: {
         "room": rng.choice(list(ROOMS)), "date": a_date(rng), "name": rng.choice(PEOPLE),
-        "slot": rng.choice(("morning", "afternoon", "evening"))}, "Done."),
+        "slot": rng.choice(SLOTS)}, "Done."),
 }
 
 
@@ -3691,6 +3692,12 @@ class Toolbox:
         self.keys = {split: [key for key, group in self.groups.items() if self.among(group, split)]
                      for split in set(self.split_of.values())}
 
+    def key(self, rng, split):
+        """What the tools of a task work on; one task in eight is for the real ones, which are few."""
+        keys = self.keys.get(split, [])
+        real = [key for key in keys if isinstance(key, str)]
+        return rng.choice(real if real and rng.random() < 1 / 8 else [key for key in keys if key not in real] or real)
+
     def among(self, tools, split):
         return [tool for tool in tools if self.split_of[tool.name] == split]
 
@@ -3704,8 +3711,7 @@ class Toolbox:
         least one of them of the split; others for the same things, or for any."""
         rng = random.Random(f"scene {seed}")
         for _ in range(1000 if self.keys.get(split) else 0):
-            group = self.pool(rng.choice(self.keys[split]), split)
-            others = self.pool(rng.choice(self.keys[split]), split)
+            group, others = (self.pool(self.key(rng, split), split) for _ in range(2))
             tables = tables_for(group + others, rng)
             first = {"none": "single", "missing": "single"}.get(kinds[0], kinds[0])
             task = KINDS[first](rng, group, tables)
@@ -3786,7 +3792,7 @@ class Episode:
             messages.append({"role": "user", "content": task.request})
             yield from turn(messages, gate)
             if task.then and len(gate.log) == log:  # nothing was done yet: the agent asked for the value
-                messages.append({"role": "user", "content": f"{task.then}."})
+                messages.append({"role": "user", "content": f"To {task.then}."})
                 yield from turn(messages, gate)
             self.spans[-1][3] = copy.deepcopy(gate.state.tables)
 
@@ -4156,7 +4162,7 @@ def readable(messages):
     return lines
 
 
-TASK_MIX = ("single",) * 4 + ("multi",) * 3 + ("parallel", "parallel", "none", "missing", "failing")
+TASK_MIX = ("single",) * 5 + ("multi",) * 2 + ("parallel",) * 3 + ("none", "missing", "failing")
 
 
 def toolbox_of(run):
@@ -4271,14 +4277,14 @@ def page(domain, source, lines):
 
 
 def tool_documents(run, count=5_000):
-    """Pages of tasks with tools that training may see: requests, calls, what they return, answers. Each
-    request finds tables of its own, so that nothing can be answered from the lines before it."""
+    """Pages of tasks with tools that training may see: their names, then requests, calls, what they return,
+    answers. Each request finds tables of its own, so that nothing can be answered from the lines before."""
     toolbox, _ = toolbox_of(run)
     for number in range(min(count, run.max_documents or count)):
         rng = random.Random(f"page {run.seed} {number}")
-        pool = toolbox.pool(rng.choice(toolbox.keys["seen"]), "seen")
-        lines = [(rng.choice(AGENTS).format(area_of(pool[0])), False)]
-        for kind in rng.choices(("single", "multi", "parallel", "none"), (7, 5, 2, 1), k=4):
+        pool = toolbox.pool(toolbox.key(rng, "seen"), "seen")
+        lines, named = [], [rng.choice(pool).name]
+        for kind in rng.choices(("single", "multi", "parallel", "none"), (7, 3, 3, 1), k=4):
             tables, results = tables_for(pool, rng), []
             task = KINDS[kind](rng, pool, tables)
             if not task or task.then:
@@ -4291,9 +4297,11 @@ def tool_documents(run, count=5_000):
                 lines += [(f"functions.{name}\n{given}", True) for name, given in calls]
                 lines += [(text, False) for text in returned]
                 results += map(json.loads, returned)
+                named += [name for name, _ in calls]
             lines.append((filled(task.answer, results), True))
-        if len(lines) > 1:
-            yield page("tools", f"tools/{number}", lines)
+        if lines:
+            named = sorted(set(named), key=lambda _: rng.random())
+            yield page("tools", f"tools/{number}", [(" ".join(named), False), *lines])
 
 
 DRILLS = (  # read, written, read, written ...: all that is written was read before
@@ -4309,6 +4317,7 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
     ("Find {said}.", '{{"value":{n}}}', '{{"names":["{a}"]}}', "I found {a}."),
     ("List.", "{{}}", '{{"names":["{a}","{b}","{c}"]}}', "I found {a}, {b}, {c}."),
     ("List.", "{{}}", '{{"names":["{a}","{b}","{c}","{d}"]}}', "I found {a}, {b}, {c}, {d}."),
+    ("List.", "{{}}", '{{"names":["{a}","{b}","{c}","{d}","{e}"]}}', "I found {a}, {b}, {c}, {d}, {e}."),
     ("Put {a} to the highest.", "{{}}", '{{"found":"{b}","result":{n}}}', '{{"name":"{a}","value":{n}}}',
      '{{"result":{n}}}', "It is now {n}."),
     ("Get the highest.", "{{}}", '{{"found":"{b}","result":{n}}}', '{{"name":"{b}"}}',
@@ -4316,6 +4325,10 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
     ("Get {a}. Put {b} to {said}.", '{{"name":"{a}"}}\n{{"name":"{b}","value":{n}}}',
      '{{"result":{m}}}\n{{"result":{n}}}', "It is {m}. It is now {n}."),
     ("I am {who}.", "{who}, hello."),
+    ("Put {who} under {a}.", '{{"key":"{a}","value":"{who}"}}'),
+    ("Add {said} and {more}.", '{{"a":{n},"b":{p}}}', '{{"result":{m}}}', "It is {m}."),
+    ("Give the {unit} of {said} {other}.", '{{"value":{n},"unit":"{other}","to":"{unit}"}}'),
+    ("Keep the {spoken}, {room}, {slot}.", '{{"date":"{date}","room":"{room}","slot":"{slot}"}}'),
     ("In {application}: {verb}, the {f} of {o}.", "functions.{application}_{verb}_{o}_{f}"),
     ("In {application}: {verb} the {f} of a {o}.", "functions.{application}_{verb}_{o}_{f}"),
     ("In {application}: {verb} {o}.", "functions.{application}_{verb}_{o}"),
@@ -4326,18 +4339,22 @@ def drill_documents(run, count=4_000):
     """Pages of DRILLS: copying, which the use of tools is made of, and nothing else. The words of new
     domains are among those that names are made of, as a large corpus has all words; their tools are not."""
     words = sorted({word for words in FIELD_WORDS.values() for word in words.split(",")})
+    units = list(itertools.chain(*UNITS.values()))
     applications = " ".join(names for names, _ in DOMAINS.values()).split()
     objects = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
     fields = sorted({field for fields in objects.values() for field, _ in fields})
     for number in range(min(count, run.max_documents or count)):
         rng, lines = random.Random(f"drill {run.seed} {number}"), []
         for _ in range(5):
-            slots = {**dict(zip("abcd", rng.sample(LABELS, 4))), "n": new_number(rng),
+            slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": new_number(rng), "p": new_number(rng),
                      "m": sum(rng.choices(list(NUMBERS), k=rng.randrange(1, 4))), "word": rng.choice(words),
+                     "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
+                     **dict(zip(("unit", "other"), rng.sample(units, 2))),
                      "who": rng.choice(PEOPLE), "application": rng.choice(applications),
                      "verb": rng.choice(list(OPERATIONS)), "o": rng.choice(list(objects)),
                      "f": rng.choice(fields)}
-            slots["said"] = NUMBERS[slots["n"]]
+            said = spoken(slots)
+            slots |= {"said": said["n"], "more": said["p"], "spoken": said["date"].removeprefix("the ")}
             lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]
         yield page("drills", f"drills/{number}", lines)
 
@@ -4537,13 +4554,25 @@ def train_tokenizer(documents, vocab_size, wrapping=(), most_characters=20_000_0
 
 
 def wrapping(run):
-    """What comes in every dialog and should be few tokens: the words of the chat template and declarations of
-    tools. The texts that the tokenizer learns from have no dialogs."""
+    """What comes in every dialog and should be few tokens: the words of the chat template, declarations of
+    tools, and one by one the words that users, calls and answers share. The texts that the tokenizer learns
+    from have no dialogs; and a word of several tokens is copied much later than a word of one."""
     head = " ".join((*ROLE_TOKEN, "tool_declare", DEFAULT_SYSTEM))
     toolbox, _ = toolbox_of(run)
     tools = [tool for key in toolbox.keys["seen"] for tool in toolbox.pool(key, "seen")]
     for tool in tools[:: 10 if run.data else 1]:
         yield f"{head}\n{compact(tool.declaration())}\n## Return of functions.{tool.name}:0\n"
+    objects = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
+    fields = {field for fields in objects.values() for field, _ in fields}
+    values = " ".join(FIELD_WORDS.values()).replace(",", " ").split()
+    for words, forms in (
+        (" ".join(names for names, _ in DOMAINS.values()).split(), ' {0} a.{0} ":"{0}'),
+        ((*objects, *sorted(fields), *OPERATIONS), " {0} a_{0}"),
+        ((*values, *LABELS, *PEOPLE, *ROOMS, *SLOTS, *itertools.chain(*UNITS.values())), ' {0} ":"{0}'),
+        ((*NUMBERS.values(), *DAYS, *MONTHS), " {0}"),
+        (WISHES, ' a.{0} ":"{0}'), (range(1, 13), "-{0:02}"),
+    ):
+        yield from ((forms.format(word) * (30 if run.data else 300)) for word in words)
 
 
 def prepare_data(run, cfg, out):
