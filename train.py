@@ -3696,7 +3696,8 @@ class Toolbox:
         """What the tools of a task work on; one task in eight is for the real ones, which are few."""
         keys = self.keys.get(split, [])
         real = [key for key in keys if isinstance(key, str)]
-        return rng.choice(real if real and rng.random() < 1 / 8 else [key for key in keys if key not in real] or real)
+        evolved = [key for key in keys if key not in real]
+        return rng.choice(real if not evolved or (real and rng.random() < 1 / 8) else evolved)
 
     def among(self, tools, split):
         return [tool for tool in tools if self.split_of[tool.name] == split]
@@ -4276,39 +4277,42 @@ def page(domain, source, lines):
     return {**doc, "split": split_of(source)}
 
 
+def lines_of(task, tools, tables):
+    """A task as lines of a page: request, calls, what they return, answer."""
+    gate, results = Gate(tools, State(tables), budget=99, ask=lambda *_: True), []
+    yield task.request, False
+    for step in task.plan:
+        calls = [(name, compact(given)) for name, given in resolved(step, results)]
+        returned = [gate.call(name, given) for name, given in calls]
+        yield from ((f"functions.{name}\n{given}", True) for name, given in calls)
+        yield from ((text, False) for text in returned)
+        results += map(json.loads, returned)
+    yield filled(task.answer, results), True
+
+
 def tool_documents(run, count=5_000):
-    """Pages of tasks with tools that training may see: their names, then requests, calls, what they return,
-    answers. Each request finds tables of its own, so that nothing can be answered from the lines before."""
+    """Pages of tasks with tools that training may see: their names, then the tasks. Each finds tables of its
+    own, so that nothing can be answered from the lines before."""
     toolbox, _ = toolbox_of(run)
     for number in range(min(count, run.max_documents or count)):
         rng = random.Random(f"page {run.seed} {number}")
         pool = toolbox.pool(toolbox.key(rng, "seen"), "seen")
-        lines, named = [], [rng.choice(pool).name]
+        lines, named = [], {rng.choice(pool).name}
         for kind in rng.choices(("single", "multi", "parallel", "none"), (7, 3, 3, 1), k=4):
-            tables, results = tables_for(pool, rng), []
+            tables = tables_for(pool, rng)
             task = KINDS[kind](rng, pool, tables)
-            if not task or task.then:
-                continue
-            gate = Gate(pool, State(tables), budget=99, ask=lambda *_: True)
-            lines.append((task.request, False))
-            for step in task.plan:
-                calls = [(name, compact(given)) for name, given in resolved(step, results)]
-                returned = [gate.call(name, given) for name, given in calls]
-                lines += [(f"functions.{name}\n{given}", True) for name, given in calls]
-                lines += [(text, False) for text in returned]
-                results += map(json.loads, returned)
-                named += [name for name, _ in calls]
-            lines.append((filled(task.answer, results), True))
+            if task and not task.then:
+                lines += lines_of(task, pool, tables)
+                named |= {name for step in task.plan for name, _ in step}
         if lines:
-            named = sorted(set(named), key=lambda _: rng.random())
-            yield page("tools", f"tools/{number}", [(" ".join(named), False), *lines])
+            names = rng.sample(sorted(named), len(named))
+            yield page("tools", f"tools/{number}", [(" ".join(names), False), *lines])
 
 
 DRILLS = (  # read, written, read, written ...: all that is written was read before
     ("Put {a} to {said}.", '{{"name":"{a}","value":{n}}}', '{{"result":{n}}}', "It is now {n}."),
     ("Put {a} to {word}.", '{{"name":"{a}","value":"{word}"}}', '{{"result":"{word}"}}', "It is now {word}."),
     ("Add {said} to {a}.", '{{"name":"{a}","by":{n}}}', '{{"result":{m}}}', "It is now {m}."),
-    ("Call {a} {b}.", '{{"name":"{a}","new":"{b}"}}', '{{"named":"{b}"}}', "Done."),
     ("Get {a}.", '{{"name":"{a}"}}', '{{"result":{m}}}', "It is {m}."),
     ("Get {a}.", '{{"name":"{a}"}}', '{{"result":"{word}"}}', "It is {word}."),
     ("Total.", "{{}}", '{{"total":{m}}}', "It is {m}."),
@@ -4329,30 +4333,32 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
     ("Add {said} and {more}.", '{{"a":{n},"b":{p}}}', '{{"result":{m}}}', "It is {m}."),
     ("Give the {unit} of {said} {other}.", '{{"value":{n},"unit":"{other}","to":"{unit}"}}'),
     ("Keep the {spoken}, {room}, {slot}.", '{{"date":"{date}","room":"{room}","slot":"{slot}"}}'),
-    ("In {application}: {verb}, the {f} of {o}.", "functions.{application}_{verb}_{o}_{f}"),
-    ("In {application}: {verb} the {f} of a {o}.", "functions.{application}_{verb}_{o}_{f}"),
-    ("In {application}: {verb} {o}.", "functions.{application}_{verb}_{o}"),
 )
 
 
 def drill_documents(run, count=4_000):
-    """Pages of DRILLS: copying, which the use of tools is made of, and nothing else. The words of new
-    domains are among those that names are made of, as a large corpus has all words; their tools are not."""
+    """Pages of DRILLS: copying, which the use of tools is made of, and nothing else; and of tasks for tools
+    that do not exist, of one domain's application and another's object. So the words of new domains are
+    read, as a large corpus has all words; their tools are not."""
     words = sorted({word for words in FIELD_WORDS.values() for word in words.split(",")})
     units = list(itertools.chain(*UNITS.values()))
-    applications = " ".join(names for names, _ in DOMAINS.values()).split()
-    objects = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
-    fields = sorted({field for fields in objects.values() for field, _ in fields})
+    everywhere = [pair for domain in DOMAINS for pair in places(domain)]
     for number in range(min(count, run.max_documents or count)):
         rng, lines = random.Random(f"drill {run.seed} {number}"), []
         for _ in range(5):
+            (verb, place), (_, other) = rng.choice(everywhere), rng.choice(everywhere)
+            if rng.random() < 0.4 and place.domain != other.domain:
+                tool = EvolvedTool.of(verb, dataclasses.replace(place, application=other.application))
+                tables = tables_for([tool], rng)
+                task = single(rng, [tool], tables)
+                if task and not task.then and place.object in task.request:
+                    lines += [(rng.choice(AGENTS).format(other.application), False),
+                              *lines_of(task, [tool], tables)]
+                continue
             slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": new_number(rng), "p": new_number(rng),
                      "m": sum(rng.choices(list(NUMBERS), k=rng.randrange(1, 4))), "word": rng.choice(words),
                      "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
-                     **dict(zip(("unit", "other"), rng.sample(units, 2))),
-                     "who": rng.choice(PEOPLE), "application": rng.choice(applications),
-                     "verb": rng.choice(list(OPERATIONS)), "o": rng.choice(list(objects)),
-                     "f": rng.choice(fields)}
+                     **dict(zip(("unit", "other"), rng.sample(units, 2))), "who": rng.choice(PEOPLE)}
             said = spoken(slots)
             slots |= {"said": said["n"], "more": said["p"], "spoken": said["date"].removeprefix("the ")}
             lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]
