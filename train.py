@@ -197,7 +197,7 @@ RUN_DEFAULTS = {
                  rl_steps=4, rl_lr=1e-3, rl_prompts=14, rl_samples=4, rl_budget=24, rl_segment=12, rl_pool=6),
     "tiny": dict(steps=1000, drill_steps=300, yarn_steps=60, batch_size=16, seq_len=128, lr=6e-3, warmup=20,
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
-                 trajectories=5000, sft_steps=600, sft_lr=2e-3, sft_len=256,
+                 trajectories=8000, sft_steps=800, sft_lr=2e-3, sft_len=256,
                  rl_steps=16, rl_lr=3e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
                  rl_pool=300),
     "small": dict(steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200, tau=100.0,
@@ -4312,6 +4312,8 @@ def tool_documents(run, count=5_000):
 DRILLS = (  # read, written, read, written ...: all that is written was read before
     ("Put {a} to {said}.", '{{"name":"{a}","value":{n}}}', '{{"result":{n}}}', "It is now {n}."),
     ("Put {a} to {word}.", '{{"name":"{a}","value":"{word}"}}', '{{"result":"{word}"}}', "It is now {word}."),
+    ("Rename {a} to {b}.", '{{"name":"{a}","new":"{b}"}}', '{{"named":"{b}"}}', "Done."),
+    ("Copy {a} as {b}.", '{{"name":"{a}","new":"{b}"}}', '{{"named":"{b}"}}', "Done."),
     ("Add {said} to {a}.", '{{"name":"{a}","by":{n}}}', '{{"result":{m}}}', "It is now {m}."),
     ("Get {a}.", '{{"name":"{a}"}}', '{{"result":{m}}}', "It is {m}."),
     ("Get {a}.", '{{"name":"{a}"}}', '{{"result":"{word}"}}', "It is {word}."),
@@ -4333,32 +4335,29 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
     ("Add {said} and {more}.", '{{"a":{n},"b":{p}}}', '{{"result":{m}}}', "It is {m}."),
     ("Give the {unit} of {said} {other}.", '{{"value":{n},"unit":"{other}","to":"{unit}"}}'),
     ("Keep the {spoken}, {room}, {slot}.", '{{"date":"{date}","room":"{room}","slot":"{slot}"}}'),
+    ("In {application}: {verb}, the {f} of {o}.", "functions.{application}_{verb}_{o}_{f}"),
+    ("In {application}: {verb} the {f} of a {o}.", "functions.{application}_{verb}_{o}_{f}"),
+    ("In {application}: {verb} {o}.", "functions.{application}_{verb}_{o}"),
 )
 
 
 def drill_documents(run, count=4_000):
-    """Pages of DRILLS: copying, which the use of tools is made of, and nothing else; and of tasks for tools
-    that do not exist, of one domain's application and another's object. So the words of new domains are
-    read, as a large corpus has all words; their tools are not."""
+    """Pages of DRILLS: copying, which the use of tools is made of, and nothing else. The words of new
+    domains are among those that names are made of, as a large corpus has all words; their tools are not."""
     words = sorted({word for words in FIELD_WORDS.values() for word in words.split(",")})
     units = list(itertools.chain(*UNITS.values()))
-    everywhere = [pair for domain in DOMAINS for pair in places(domain)]
+    applications = " ".join(names for names, _ in DOMAINS.values()).split()
+    objects = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
+    fields = sorted({field for fields in objects.values() for field, _ in fields})
     for number in range(min(count, run.max_documents or count)):
         rng, lines = random.Random(f"drill {run.seed} {number}"), []
         for _ in range(5):
-            (verb, place), (_, other) = rng.choice(everywhere), rng.choice(everywhere)
-            if rng.random() < 0.4 and place.domain != other.domain:
-                tool = EvolvedTool.of(verb, dataclasses.replace(place, application=other.application))
-                tables = tables_for([tool], rng)
-                task = single(rng, [tool], tables)
-                if task and not task.then and place.object in task.request:
-                    lines += [(rng.choice(AGENTS).format(other.application), False),
-                              *lines_of(task, [tool], tables)]
-                continue
             slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": new_number(rng), "p": new_number(rng),
                      "m": sum(rng.choices(list(NUMBERS), k=rng.randrange(1, 4))), "word": rng.choice(words),
                      "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
-                     **dict(zip(("unit", "other"), rng.sample(units, 2))), "who": rng.choice(PEOPLE)}
+                     **dict(zip(("unit", "other"), rng.sample(units, 2))), "who": rng.choice(PEOPLE),
+                     "application": rng.choice(applications), "verb": rng.choice(list(OPERATIONS)),
+                     "o": rng.choice(list(objects)), "f": rng.choice(fields)}
             said = spoken(slots)
             slots |= {"said": said["n"], "more": said["p"], "spoken": said["date"].removeprefix("the ")}
             lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]
