@@ -32,6 +32,7 @@ import http.client
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -5657,7 +5658,8 @@ class Ranks:
         self.mesh = init_device_mesh(device.type, (self.size // ep, ep), mesh_dim_names=("dp", "ep"))
         # the same, as the experts of a layer lie on it one after another
         self.of_experts = DeviceMesh(device.type, self.mesh.mesh.T, mesh_dim_names=("ep", "dp"))
-        self.of_experts._flatten("experts")  # so that they are gathered at once
+        # it advises to gather both dimensions at once, but a group of ranks cannot have another order
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
     @property
     def first(self):
