@@ -93,7 +93,7 @@ def assert_same_log(log, expected, limit=1e-4):
     for row, other in zip(log, expected):
         for key in ("loss", "grad_norm", "s_max"):
             assert math.isclose(row[key], other[key], rel_tol=limit), (key, row, other)
-        assert row["expert_load_max"] == other["expert_load_max"]
+        assert row["expert_load_max"] == pytest.approx(other["expert_load_max"], abs=0.05)
 
 
 def results_of(n, folder, *layouts):
