@@ -6090,7 +6090,7 @@ class Checkpoints:
         if ranks.first:
             self.folder.mkdir(exist_ok=True)
             for leftover in self.folder.glob("*.tmp"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
         ranks.wait()
 
     def paths(self):
@@ -6190,7 +6190,11 @@ def read_metrics(out):
 
 
 class StopOnSignal:
-    """Ctrl-C or SIGTERM asks for a stop at the end of the step; a second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM asks for a stop at the end of the step; a second one stops at once, unless torchrun is
+    there to do so: it passes on the signal that the terminal has sent already."""
+
+    def __init__(self, ranks):
+        self.ranks = ranks
 
     def __enter__(self):
         self.wanted, self.before = False, {}
@@ -6201,7 +6205,8 @@ class StopOnSignal:
 
     def ask(self, number, frame):
         self.wanted = True
-        self.__exit__()
+        if not self.ranks.many:
+            self.__exit__()
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -6301,7 +6306,7 @@ def fit(stage, job, model, twin, opt, course, batch_of, evaluate, lr_of, learn=t
     bar = tqdm(total=steps, initial=started, desc=stage, unit="step", disable=None if ranks.first else True)
     model.train()
     phase = enter(max(0, started - 1))
-    with StopOnSignal() as stop:
+    with StopOnSignal(ranks) as stop:
         for step in range(started, steps + 1):
             last, row, clock = step == steps, {"stage": stage, "step": step}, time.perf_counter()
             if last or step == phase.end or step % run.eval_every == 0:
