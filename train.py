@@ -6190,8 +6190,8 @@ def read_metrics(out):
 
 
 class StopOnSignal:
-    """Ctrl-C or SIGTERM asks for a stop at the end of the step; a second one stops at once, unless torchrun is
-    there to do so: it passes on the signal that the terminal has sent already."""
+    """Ctrl-C or SIGTERM asks for a stop at the end of the step; a second one stops at once. Not so under
+    torchrun: it passes on what the terminal has sent to all of us, and sees to the end itself."""
 
     def __init__(self, ranks):
         self.ranks = ranks
