@@ -5642,11 +5642,12 @@ class Ranks:
 
     def __init__(self, device=None, ep=1):
         self.size, self.rank, self.ep, self.device = 1, 0, ep, device
-        if device is None or int(os.environ.get("WORLD_SIZE", 1)) == 1 and not dist.is_initialized():
+        joined = dist.is_available() and dist.is_initialized()
+        if device is None or not joined and int(os.environ.get("WORLD_SIZE", 1)) == 1:
             if ep > 1:
                 raise UserError(f"--ep {ep} needs processes: torchrun --nproc-per-node {ep} train.py ...")
             return
-        if not dist.is_initialized():
+        if not joined:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
