@@ -3,6 +3,7 @@
     python train.py                          everything at toy scale, no network, minutes on a laptop
     python train.py pretrain --preset small --data my_corpus/ --out runs/mine
     python train.py --resume --out runs/mine continue exactly where it stopped
+    torchrun --nproc-per-node 8 train.py ... --ep 4      the same on many GPUs, experts over 4 of them
     python train.py --preset k2 --plan       what the full run would cost; allocates nothing
 
     1 Run config and command line     every knob, the presets' defaults, the plan      R 2.4, 2.5
@@ -10,7 +11,7 @@
     3 Rephrasing                      one fact, many tellings, nothing lost or added   R 2.2
     4 Tools, simulator, tasks, judge  dialogs in which tools are used, and their filter R 3.1.1
     5 Rewards and rollouts            a gym, self-critique, the objective, the engine    R 3.2, 3.3
-    6 The loop                        schedule, step, log, checkpoint, resume          R 2.5
+    6 The loop                        many processes, schedule, step, log, checkpoint  R 2.4, 2.5
     7 Stages                          pretraining, long context, fine-tuning, RL       R 2.5, 3
     8 Evaluation and report           bits per byte, recall, needles, report.md
 
@@ -31,11 +32,13 @@ import http.client
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import platform
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,16 +65,19 @@ except ImportError:
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
 from kimi_k2 import (
     DEFAULT_SYSTEM,
     ROLE_TOKEN,
     Decoder,
+    Experts,
     KimiConfig,
     KimiK2,
     LatentCache,
@@ -82,6 +88,7 @@ from kimi_k2 import (
     left_pad,
     load_pretrained,
     save_pretrained,
+    whole_of,
 )
 
 # ==================================================================================================
@@ -179,6 +186,7 @@ class RunConfig:
     compile: str = "auto"  # torch.compile: auto, on or off; auto: on for CUDA
     recompute: bool = False  # keep only each block's input, recompute the rest: less memory
     threads: int | None = None  # CPU threads; none: PyTorch's choice
+    ep: int = 1  # under torchrun: ranks that share out a layer's experts; the others hold copies in shards
     gpus: int | None = None  # --plan: how many; none: as few as hold the training state
     gpu_tflops: float = 989.0  # --plan: dense bf16 peak of one (H100, H800: 989)
     gpu_gib: float = 80.0  # --plan: memory of one
@@ -225,8 +233,8 @@ RUN_DEFAULTS = {
 
 FAST = dict(preset="nano", max_documents=40, steps=20, drill_steps=5, eval_every=20, save_every=20,
             needles=4, tools=300, trajectories=60, sft_steps=10, tool_tasks=8, rl_steps=2, rl_tasks=8)
-MACHINE_FIELDS = {"out", "device", "compile", "gpus", "gpu_tflops", "gpu_gib", "gpu_watts", "gpu_hour", "mfu",
-                  "endpoint_parallel", "endpoint_rpm", "endpoint_timeout", "endpoint_retries"}
+MACHINE_FIELDS = {"out", "device", "compile", "ep", "gpus", "gpu_tflops", "gpu_gib", "gpu_watts", "gpu_hour",
+                  "mfu", "endpoint_parallel", "endpoint_rpm", "endpoint_timeout", "endpoint_retries"}
 STAGES = ("rephrase", "pretrain", "tools", "sft", "rl")
 
 
@@ -323,7 +331,7 @@ def configure(run_fields, model_fields):
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "eval_every", "eval_tokens", "save_every",
                  "long_factor", "yarn_factor", "chunk_tokens", "endpoint_parallel", "tools", "trajectories",
                  "sft_steps", "sft_len", "tool_tasks", "rl_steps", "rl_prompts", "rl_updates", "rl_budget",
-                 "rl_pool", "rl_pass", "rl_row", "rl_tasks"):
+                 "rl_pool", "rl_pass", "rl_row", "rl_tasks", "ep"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
     for name in ("drill_steps", "anneal_steps", "long_steps", "yarn_steps", "rephrase_max", "needles",
@@ -1284,17 +1292,20 @@ class TokenFiles:
             raise UserError("domain_weights: at least one must be positive")
         return {domain: weights.get(domain, 0.0) for domain in train}
 
-    def batch(self, seed, step, rows, seq_len, device="cpu", weights=None):
+    def batch(self, seed, step, rows, seq_len, device="cpu", weights=None, mine=None):
         """Tokens and targets (rows, seq_len) of one step, a function of seed and step alone, so that a
-        resumed run sees the same ones. Short domains are read round and round."""
+        resumed run sees the same ones; of these only the rows with numbers in `mine`, where it is given.
+        Short domains are read round and round."""
         rng, weights = np.random.default_rng((seed, step)), weights or self.weights
         p = np.array(list(weights.values()))
-        windows = []
-        for domain in rng.choice(list(weights), rows, p=p / p.sum()):
+        ids, targets = windows = np.zeros((2, len(range(rows) if mine is None else mine), seq_len + 1), int)
+        row = 0
+        for number, domain in enumerate(rng.choice(list(weights), rows, p=p / p.sum())):
             start = rng.integers(max(1, len(self.ids[domain, "train"]) - seq_len))
-            windows.append([np.resize(part, seq_len + 1)
-                            for part in self.window((domain, "train"), start, start + seq_len + 1)])
-        ids, targets = np.stack(windows, axis=1)  # (rows, seq_len + 1) each
+            if mine is None or number in mine:
+                for k, part in enumerate(self.window((domain, "train"), start, start + seq_len + 1)):
+                    windows[k, row] = np.resize(part, seq_len + 1)
+                row += 1
         return tuple(torch.from_numpy(part).to(device, non_blocking=True)
                      for part in (ids[:, :-1], targets[:, 1:]))
 
@@ -4533,11 +4544,14 @@ class Dialogs:
             row[1].append(number)
         return rows
 
-    def batch(self, step, n_rows, device="cpu"):
-        """Tokens, targets (-100 where the assistant is silent) and numbers of documents, (n_rows, length)."""
-        shape = (n_rows, self.length)
+    def batch(self, step, n_rows, device="cpu", mine=None):
+        """Tokens, targets (-100 where the assistant is silent) and numbers of documents, (n_rows, length); of
+        the rows only those with numbers in `mine`, where it is given."""
+        rows = self.rows[step * n_rows : (step + 1) * n_rows]
+        rows = rows if mine is None else [rows[number] for number in mine]
+        shape = (len(rows), self.length)
         tokens, targets, document = np.zeros(shape, int), np.full(shape, -100), np.full(shape, -1)
-        for row, numbers in enumerate(self.rows[step * n_rows : (step + 1) * n_rows]):
+        for row, numbers in enumerate(rows):
             start = 0
             for place, number in enumerate(numbers):
                 ids, mask = map(np.array, self.dialogs[number])
@@ -5266,19 +5280,20 @@ def answer_logps(model, tokens, targets, document, position, answer, temperature
 
 def accumulate_policy(model, job, groups, tau):
     """Forward and backward of the objective over all answers of `groups` [[(rollout, advantage)]], in
-    micro-batches. Returns (loss, mean of the squared log-ratio).
+    micro-batches, each rank its share. Returns (loss, mean of the squared log-ratio).
 
     In the first step on one policy's own answers the log-ratio is zero, and a group whose rewards are all
     alike has no gradient: it counts, but is not computed.
     """
-    run = job.run
+    run, ranks = job.run, job.ranks
     advantage = {id(rollout): value for group in groups for rollout, value in group}
     moving = [[rollout for rollout, _ in group] for group in groups if run.rl_updates > 1 or any(
         value or rollout.paused for rollout, value in group)]
     rows = [row for group in moving for row in answer_rows(group, run.rl_row)]
     rows.sort(key=lambda row: sum(len(rollout.ids) for rollout in row))
     each, n, total, drift = max(1, run.micro_batch * run.seq_len // run.rl_row), len(advantage), 0.0, 0.0
-    for part in (rows[i : i + each] for i in range(0, len(rows), each)):
+    mine = rows[ranks.rank :: ranks.size]
+    for part in (mine[i : i + each] for i in range(0, len(mine), each)):
         answers = [rollout for row in part for rollout in row]
         tensors = [tensor.to(job.device) for tensor in answer_batch(part)]
         values = torch.tensor([[advantage[id(rollout)], sum(rollout.logp), rollout.temperature]
@@ -5289,7 +5304,8 @@ def accumulate_policy(model, job, groups, tau):
         (loss + run.aux_alpha * len(answers) / n * model.aux_loss).backward()
         total += loss.item()
         drift += (logp.detach() - values[:, 1]).square().sum().item() / n
-    return total, drift
+    take_part(model, job, math.ceil(math.ceil(len(rows) / ranks.size) / each) - math.ceil(len(mine) / each))
+    return ranks.sum(total), ranks.sum(drift)
 
 
 # --- the critic ---
@@ -5371,11 +5387,12 @@ def judge_group(critic, rollouts, neighbours=1):
 
 class Controller:
     """The centre of R 3.3's loop, sampler and trainer in one process over the same weights: starts groups,
-    plays them, rewards those that have ended, and keeps the rest for the next iteration."""
+    plays them, rewards those that have ended, and keeps the rest for the next iteration. Every rank knows all
+    groups and plays its share."""
 
     def __init__(self, model, job, pool, toolbox):
         run = job.run
-        self.run, self.pool, self.toolbox = run, pool, toolbox
+        self.run, self.pool, self.toolbox, self.ranks = run, pool, toolbox, job.ranks
         self.engine = Engine(model, job.tok, f"{run.seed} {run.rl_seed}", run.rl_budget,
                              recompute=run.rl_recompute)
         self.critic = Critic(model, job.tok)
@@ -5424,7 +5441,8 @@ class Controller:
                         for prompt in self.choose(step, run.rl_prompts - len(self.flight))]
         rollouts = [rollout for group in self.flight for rollout in group]
         before, began = [len(rollout.said) for rollout in rollouts], time.perf_counter()
-        self.engine.play(rollouts, run.rl_segment)
+        self.engine.play([rollout for rollout in rollouts if self.is_mine(rollout)], run.rl_segment)
+        self.exchange(rollouts)
         new = [len(rollout.said) - n for rollout, n in zip(rollouts, before)]
         ended = [group for group in self.flight if all(rollout.reward is not None for rollout in group)]
         self.flight = [group for group in self.flight if any(rollout.reward is None for rollout in group)]
@@ -5433,6 +5451,19 @@ class Controller:
                    "idle": 1 - sum(new) / max(1, len(new) * max(new, default=0))}
         groups, pairs, more = self.score(ended)
         return groups, pairs, {**figures, **more}
+
+    def is_mine(self, rollout):
+        """A group stays on one rank, with its caches and environments."""
+        return rollout.number // self.run.rl_samples % self.ranks.size == self.ranks.rank
+
+    def exchange(self, rollouts):
+        """Every rank learns what the others' rollouts have said and earned."""
+        if self.ranks.many:
+            mine = [rollout.facts() for rollout in rollouts if self.is_mine(rollout)]
+            played = {facts["number"]: facts for share in self.ranks.all_of(mine) for facts in share}
+            for rollout in rollouts:
+                if not self.is_mine(rollout):
+                    vars(rollout).update(played[rollout.number])
 
     def score(self, ended):
         """Rewards become advantages; right and wrong answers become pairs with a known order."""
@@ -5489,7 +5520,8 @@ class Controller:
         self.attacks.tried = {tuple(attack): score for attack, score in facts["attacks"]}
         self.flight = [[Rollout(**rollout) for rollout in group] for group in facts["flight"]]
         for rollout in (rollout for group in self.flight for rollout in group):
-            rollout.latent = state["tensors"].get(f"latent.{rollout.number}")
+            if self.is_mine(rollout):
+                rollout.latent = state["tensors"].get(f"latent.{rollout.number}")
             rollout.env = environment(rollout.prompt, self.toolbox)
             rollout.env.reset()
             for message in rollout.messages:
@@ -5552,7 +5584,7 @@ def padded(dialogs, tok, device):
 
 
 # ==================================================================================================
-# 6  The loop: schedule, step, log, checkpoint, resume (R 2.5)
+# 6  The loop: schedule, many processes, step, log, checkpoint, resume (R 2.4, 2.5)
 # ==================================================================================================
 # Warm up, stay, decay (WSD): the learning rate rises for a few steps, is constant for most of the
 # run, and falls along a cosine to a tenth. K2: 500 steps up, 10 T tokens at 2e-4, 5.5 T down to 2e-5.
@@ -5638,6 +5670,403 @@ def phases(run, cfg, data):
     return found
 
 
+# --- one process or many (R 2.4.2) ---
+# torchrun starts dp * ep processes, ranks, on a mesh: rank = dp_rank * ep + ep_rank. Every row of the batch
+# is computed on one rank, and every element of every parameter, with its gradient and its optimizer's state,
+# is kept on one rank: FSDP gathers what a block needs, and sums and shares out the gradients.
+#
+#     a layer's experts       an ep'th of them on each ep_rank, each in whole on one of its dp ranks;
+#                             tokens travel to their experts and back, all to all
+#     all other parameters    an even share of the rows of each, over all ranks
+#
+# Muon wants whole matrices. Experts are whole where they are. Each of the others has an owner: the gradients'
+# shares travel to it, it orthogonalises, the update's shares travel back; each matrix once a step.
+
+
+class Ranks:
+    """The processes of a run. Alone, all of it does nothing: sums are what they were, rows are all mine."""
+
+    def __init__(self, device=None, ep=1):
+        self.size, self.rank, self.ep, self.device = 1, 0, ep, device
+        joined = dist.is_available() and dist.is_initialized()
+        if device is None or not joined and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            if ep > 1:
+                raise UserError(f"--ep {ep} needs processes: torchrun --nproc-per-node {ep} train.py ...")
+            return
+        if not joined:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        if ep < 1 or self.size % ep:
+            raise UserError(f"--ep {ep} must divide the number of processes, {self.size}")
+        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # slow, and one needs none
+
+        self.flat = init_device_mesh(device.type, (self.size,))
+        self.mesh = init_device_mesh(device.type, (self.size // ep, ep), mesh_dim_names=("dp", "ep"))
+        # the same, as the experts of a layer lie on it one after another
+        self.of_experts = DeviceMesh(device.type, self.mesh.mesh.T, mesh_dim_names=("ep", "dp"))
+        # it advises to gather both dimensions at once, but a group of ranks cannot have another order
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    @property
+    def many(self):
+        return self.size > 1
+
+    def rows(self, n, rank=None):
+        """Numbers of the rows, of n in a batch, that are mine."""
+        rank = self.rank if rank is None else rank
+        return range(n * rank // self.size, n * (rank + 1) // self.size)
+
+    def mine(self, tensors):
+        """My rows of the tensors of a batch that every rank has in whole."""
+        here = self.rows(len(tensors[0]))
+        return tuple(tensor[here.start : here.stop] for tensor in tensors)
+
+    def sum(self, x):
+        """A tensor, summed over the ranks; a number likewise."""
+        if not self.many:
+            return x
+        total = torch.as_tensor(x, device=self.device).clone()
+        dist.all_reduce(total)
+        return total if isinstance(x, torch.Tensor) else total.item()
+
+    def wait(self):
+        if self.many:
+            self.sum(0)
+
+    def agree(self, value):
+        """What the first rank has."""
+        values = [value]
+        if self.many:
+            dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def all_of(self, value):
+        """What each rank has."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextlib.contextmanager
+    def one_by_one(self):
+        """The first rank does it, then the others find it done."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    @contextlib.contextmanager
+    def speaking(self):
+        """The first rank speaks for all. An error that all have is said once; that a rank is lost, too."""
+        if not self.first:
+            sys.stdout = open(os.devnull, "w")
+        try:
+            yield
+        except (UserError, ValueError, OSError):
+            time.sleep(0 if self.first else 3)  # the first one's line ends us all
+            raise
+        except RuntimeError as error:
+            if not self.lost_one(error):
+                raise
+            what = str(error).strip().splitlines()[0][:200]
+            raise UserError(f"rank {self.rank} of {self.size} lost another ({what}); the same command goes "
+                            "on from the last checkpoint, with any number of processes") from error
+        if self.many:
+            dist.destroy_process_group()
+
+    def lost_one(self, error):
+        """Does an error say that another rank is gone?"""
+        return self.many and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+    # where things lie
+
+    def place(self, weight):
+        """(number of its first row here, shape of the whole) of a sharded parameter; of stacked experts FSDP
+        knows an ep'th alone."""
+        n, ep = len(weight), self.ep if weight.ndim == 3 else 1
+        first = min(n, self.rank // ep * math.ceil(n / (self.size // ep)))
+        return first + self.rank % ep * n, torch.Size((n * ep, *weight.shape[1:]))
+
+    def shard(self, model):
+        """Leave each rank its part of a model, in place; on the meta device before there is memory. Returns
+        {name: first row that is here}."""
+        if not self.many:
+            return {}
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        for layer in model.model.layers:
+            experts = getattr(layer.mlp, "experts", None)
+            if experts is not None:
+                if self.ep > 1:
+                    ExpertParallel.convert(experts, self.mesh["ep"])
+                fully_shard(experts, mesh=self.mesh["dp"])
+            fully_shard(layer, mesh=self.flat)
+        fully_shard(model, mesh=self.flat)
+        for module in model.modules():
+            if hasattr(module, "set_gradient_divide_factor"):  # losses are shares of one: gradients add up
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        register_fsdp_forward_method(model, "hidden")
+        return {name: self.place(p)[0] for name, p in model.named_parameters()}
+
+    def initialise(self, model):
+        """The weights that a single process draws: every rank draws all of them and keeps its rows."""
+        model.to_empty(device=self.device)
+        for module in model.modules():  # what nn.Linear and nn.Embedding draw for themselves comes first
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                drawn = torch.empty(module.weight.shape, device=self.device)
+                drawn.uniform_() if isinstance(module, nn.Linear) else drawn.normal_()
+
+        def normal(weight, mean, std):
+            first, shape = self.place(weight)
+            whole, here = torch.empty(shape, device=self.device).normal_(mean, std), weight.to_local()
+            here.copy_(whole[first : first + len(here)])
+
+        model.init_weights(normal)
+
+    def build(self, cfg):
+        """A new model, over all ranks."""
+        if not self.many:
+            return KimiK2(cfg)
+        with torch.device("meta"):
+            model = KimiK2(cfg)
+        self.shard(model)
+        self.initialise(model)
+        return model
+
+    def globally(self, here, weight):
+        """My rows of a parameter, or of something of its shape, as a DTensor that knows where they belong."""
+        if not self.many:
+            return here
+        from torch.distributed.tensor import DTensor, Shard
+
+        _, shape = self.place(weight)
+        mesh = self.of_experts if weight.ndim == 3 else self.flat
+        return DTensor.from_local(here, mesh, [Shard(0)] * mesh.ndim, run_check=False, shape=shape,
+                                  stride=torch.empty(shape, device="meta").stride())
+
+    def state(self, model):
+        """A state dict with the shapes of the whole model."""
+        return {name: self.globally(tensor.to_local(), tensor) if hasattr(tensor, "to_local") else tensor
+                for name, tensor in model.state_dict().items()}
+
+    def optimizer(self, model, **settings):
+        return ShardedMuonClip(model, self, **settings) if self.many else MuonClip(model, **settings)
+
+    def clip_grad_norm(self, model, limit):
+        """Norm of the whole gradient, (); scales the gradient down to `limit` where it is larger."""
+        if not self.many:
+            return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        grads = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
+        norm = self.sum(torch.stack(torch._foreach_norm(grads)).square().sum()).sqrt()
+        if norm > limit:
+            torch._foreach_mul_(grads, limit / (norm + 1e-6))
+        return norm
+
+    # from shards to whole weights
+
+    def twin(self, model):
+        """What evaluates and samples: the model itself, or a whole one without memory yet."""
+        if not self.many:
+            return model
+        with torch.device("meta"):
+            return KimiK2(model.cfg)
+
+    @contextlib.contextmanager
+    def whole(self, model, twin, everywhere=False):
+        """Within, the twin on the first rank, or everywhere, has the model's weights. Gives the seconds that
+        gathering them took."""
+        if not self.many:
+            yield 0.0
+            return
+        began = time.perf_counter()
+        if self.first or everywhere:
+            twin.to_empty(device=self.device)
+            twin.init_buffers()
+            twin.set_context(model.cfg.max_position_embeddings, model.cfg.rope_scaling)
+        target = twin.state_dict()
+        for name, tensor in self.state(model).items():
+            full = whole_of(tensor)
+            if self.first or everywhere:
+                target[name].copy_(full)
+        self.wait()
+        yield time.perf_counter() - began
+        twin.to("meta")
+        self.wait()
+
+    def save_pretrained(self, model, tok, *folders):
+        """Hugging Face's layout from shards: the first rank gathers and writes one tensor after another."""
+        for folder in folders:
+            state = self.state(model)
+            if self.first:
+                save_pretrained(model, tok, folder, state=state)
+            else:
+                for tensor in state.values():
+                    whole_of(tensor)
+            self.wait()
+
+    # checkpoints: safetensors that each rank writes of what it holds, by PyTorch's DCP
+
+    def write(self, tensors, folder):
+        if self.first:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        self.wait()
+        if not self.many:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "all.safetensors")
+            with open(folder / "all.safetensors", "rb+") as file:
+                os.fsync(file.fileno())
+            return
+        import torch.distributed.checkpoint as dcp
+
+        try:
+            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        except dcp.api.CheckpointException as error:
+            raise OSError(next(iter(error.failures.values()))[0]) from None
+
+    def sizes(self, folder):
+        """{name: (shape, dtype)} of the tensors that were written to a folder."""
+        import torch.distributed.checkpoint as dcp
+
+        if not list(folder.glob("*.safetensors")):
+            raise FileNotFoundError("no *.safetensors in it")
+        found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        return {name: (tensor.size, tensor.properties.dtype) for name, tensor in found.items()}
+
+    def read(self, tensors, folder):
+        """Fill tensors with what was written under their names, by however many ranks."""
+        import torch.distributed.checkpoint as dcp
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "torch.distributed is uninitialized": we know
+            try:
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+            except dcp.api.CheckpointException as error:
+                raise OSError(next(iter(error.failures.values()))[0]) from None
+
+
+class ExpertParallel(Experts):
+    """A rank's share of a layer's experts: tokens are sent to the ranks that have theirs, and come back."""
+
+    @classmethod
+    def convert(cls, experts, mesh):
+        """Keep an ep'th of the experts; the class changes, the parameters' names stay."""
+        n, ep, rank = len(experts.gate_proj), mesh.size(), mesh.get_local_rank()
+        if n % ep:
+            raise UserError(f"--ep {ep} must divide the number of experts, {n}")
+        for name, weight in list(experts.named_parameters()):
+            part = weight.detach().chunk(ep)[rank].clone()
+            setattr(experts, name, nn.Parameter(part))
+        experts.__class__, experts.group = cls, mesh.get_group()
+
+    def forward(self, x_NC, chosen_NK, weights_NK):
+        (N, C), K, ep = x_NC.shape, chosen_NK.shape[1], self.group.size()
+        E = ep * len(self.gate_proj)
+        expert, visit = chosen_NK.flatten().sort(stable=True)
+        load = torch.searchsorted(expert, torch.arange(E, device=expert.device), right=True)
+        load = load.diff(prepend=load.new_zeros(1))  # (E,)
+        coming = torch.empty_like(load)  # visits from each rank to each of my experts, (ep * E / ep,)
+        dist.all_to_all_single(coming, load, group=self.group)
+        there, here = self.split_sizes(load), self.split_sizes(coming)
+        token, x_NC = visit // K, x_NC.to(autocast_dtype(x_NC) or x_NC.dtype)
+        weights = weights_NK.flatten()[visit].unsqueeze(1).to(x_NC.dtype)
+        rows = torch.cat((x_NC.index_select(0, token), weights), dim=1)
+        rows = all_to_all(rows, there, here, self.group)  # (M, C + 1)
+        mine = torch.arange(E // ep, device=load.device).repeat(ep)
+        mine = mine.repeat_interleave(coming, output_size=sum(here))  # which of my experts each is for
+        y, _ = super().forward(rows[:, :C], mine.unsqueeze(1), rows[:, C:])
+        y = all_to_all(y, here, there, self.group)
+        return torch.zeros(N, C, dtype=y.dtype, device=y.device).index_add(0, token, y), load
+
+    def split_sizes(self, load):
+        """Visits to or from each rank, as Python's numbers: the sizes of messages."""
+        return load.view(self.group.size(), -1).sum(dim=1).tolist()
+
+
+def all_to_all(rows, there, here, group):
+    """Send the first there[0] rows to rank 0, the next to rank 1 ...; here[r] come from rank r. Gradients go
+    the other way."""
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+    return all_to_all_single_autograd(rows, here, there, group)
+
+
+class ShardedMuonClip(MuonClip):
+    """MuonClip over the rows that this rank holds. All but Newton-Schulz and the clip is by element, so it
+    runs on them as it is."""
+
+    def __init__(self, model, ranks, **settings):
+        self.ranks, self.whole = ranks, {}
+        super().__init__(model, **settings)
+        by_muon = [p for group in self.param_groups if group["rule"] == "muon" for p in group["params"]]
+        work = {p: self.whole[p].numel() * min(self.whole[p].shape) for p in by_muon if p.ndim == 2}
+        self.owner, busy = {}, [0] * ranks.size
+        for p in sorted(work, key=work.get, reverse=True):  # the next largest to whom has least to do
+            self.owner[p] = min(range(ranks.size), key=busy.__getitem__)
+            busy[self.owner[p]] += work[p]
+
+    def named_parameters(self, model):
+        for name, p in model.named_parameters():
+            here = p.to_local().detach()
+            self.whole[here] = p
+            yield name, here
+
+    def parameter_of(self, p):
+        return self.whole[p]
+
+    def step(self, closure=None):
+        for here, p in self.whole.items():
+            here.data = p.to_local().data  # FSDP moves a shard when it pads it
+            here.grad = None if p.grad is None else p.grad.to_local()
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        self.model.zero_grad(set_to_none)
+
+    def _add_orthogonal(self, params, updates, group):
+        pairs, ranks = list(zip(params, updates)), range(self.ranks.size)
+        if experts := [(p, update) for p, update in pairs if p.ndim == 3 and len(p)]:
+            super()._add_orthogonal(*zip(*experts), group)
+        pairs = sorted((pair for pair in pairs if pair[0].ndim == 2), key=lambda pair: self.owner[pair[0]])
+        mine = [self.whole[p].shape for p, _ in pairs if self.owner[p] == self.ranks.rank]
+        # what goes to the owners, and what comes to me: rank 0's rows of each matrix of mine, rank 1's ...
+        there = [sum(p.numel() for p, _ in pairs if self.owner[p] == rank) for rank in ranks]
+        parts = [[(len(self.rows_of(n, rank)), m) for n, m in mine] for rank in ranks]
+        here = [sum(n * m for n, m in shapes) for shapes in parts]
+        sent = torch.cat([update.flatten() for _, update in pairs])
+        came = sent.new_empty(sum(here))
+        dist.all_to_all_single(came, sent, here, there)
+        shapes = [shape for of_rank in parts for shape in of_rank]
+        came = [part.view(shape) for part, shape in zip(came.split([n * m for n, m in shapes]), shapes)]
+        matrices = [torch.cat(came[i :: len(mine)]) for i in range(len(mine))]
+        changes = [torch.zeros_like(matrix) for matrix in matrices]
+        if matrices:
+            super()._add_orthogonal(changes, matrices, group)
+        # and back
+        rows = [[self.rows_of(len(change), rank) for change in changes] for rank in ranks]
+        sent = [change[r.start : r.stop].flatten() for of_rank in rows for r, change in zip(of_rank, changes)]
+        came = params[0].new_empty(sum(there))
+        dist.all_to_all_single(came, torch.cat([came[:0], *sent]), there, here)
+        came = came.split([p.numel() for p, _ in pairs])
+        torch._foreach_add_([p for p, _ in pairs], [part.view_as(p) for part, (p, _) in zip(came, pairs)])
+
+    def rows_of(self, n, rank):
+        """Rows of a matrix of n that a rank has: FSDP gives all but the last ones equally many."""
+        most = math.ceil(n / self.ranks.size)
+        return range(min(n, rank * most), min(n, (rank + 1) * most))
+
+    def _scale_rows(self, weight, factors):
+        first, _ = self.ranks.place(weight)
+        here = weight.to_local()
+        here *= factors[first : first + len(here), None]
+
+
 @dataclass
 class Job:
     """What every stage works on."""
@@ -5648,6 +6077,7 @@ class Job:
     device: torch.device
     tok: Tokenizer
     data: TokenFiles
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
 
     def autocast(self):
         """bf16 for the matrix products where it pays: on CUDA; weights and optimizer stay fp32."""
@@ -5673,7 +6103,10 @@ def pick_device(name):
         raise UserError("--device cuda: this PyTorch finds no CUDA device")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this PyTorch finds no Apple GPU")
-    return torch.device(name)
+    number = os.environ.get("LOCAL_RANK") if name == "cuda" else None  # torchrun's
+    if number is not None:
+        torch.cuda.set_device(int(number))
+    return torch.device(name if number is None else f"{name}:{number}")
 
 
 def compile_blocks(model, job):
@@ -5696,37 +6129,46 @@ def compile_blocks(model, job):
 
 
 class Checkpoints:
-    """ckpt/STAGE_STEP.safetensors: weights, optimizer and progress, complete or not there at all."""
+    """ckpt/STAGE_STEP/: weights, optimizer and progress, complete or not there at all. Every rank writes what
+    it holds; any number of ranks can read it."""
 
-    def __init__(self, out, stage):
-        self.folder, self.stage = out / "ckpt", stage
-        self.folder.mkdir(exist_ok=True)
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
+    def __init__(self, out, stage, ranks):
+        self.folder, self.stage, self.ranks = out / "ckpt", stage, ranks
+        if ranks.first:
+            self.folder.mkdir(exist_ok=True)
+            for leftover in self.folder.glob("*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        ranks.wait()
 
     def paths(self):
         """Newest first."""
-        return sorted(self.folder.glob(f"{self.stage}_*.safetensors"), reverse=True)
+        return sorted((path for path in self.folder.glob(f"{self.stage}_*") if path.suffix != ".tmp"),
+                      reverse=True)
 
     def save(self, model, opt, progress, keep=None):
         kept = keep.state_dict() if keep else {"facts": None, "tensors": {}}
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        for number, state in opt.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items()}
+        tensors = {f"model.{name}": tensor for name, tensor in self.ranks.state(model).items()}
+        for number, p in enumerate(p for group in opt.param_groups for p in group["params"]):
+            for key, value in opt.state[p].items():
+                whole = value.view(1) if key == "step" else self.ranks.globally(value, opt.parameter_of(p))
+                tensors[f"optimizer.{number}.{key}"] = whole
         tensors |= {f"keep.{name}": tensor for name, tensor in kept["tensors"].items()}
         tensors["ever_clipped"] = progress.ever_clipped
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         facts = {**dataclasses.asdict(progress), "ever_clipped": None, "max_logit": str(progress.max_logit)}
-        path = self.folder / f"{self.stage}_{progress.step:08d}.safetensors"
+        path = self.folder / f"{self.stage}_{progress.step:08d}"
+        temporary = path.with_name(path.name + ".tmp")
         try:
-            with atomic(path) as temporary:
-                save_file(tensors, temporary,
-                          {"progress": json.dumps(facts), "keep": json.dumps(kept["facts"])})
+            self.ranks.write(tensors, temporary)
+            if self.ranks.first:
+                write_json(temporary / "progress.json", {"progress": facts, "keep": kept["facts"]})
+                shutil.rmtree(path, ignore_errors=True)  # there is one only if it was damaged
+                os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
             kept = next(iter(self.paths()), "none")
             raise UserError(f"could not save {path}: {error}; the last good checkpoint is {kept}") from None
-        for old in self.paths()[2:]:  # the last two are kept
-            old.unlink()
+        for old in self.paths()[2:] if self.ranks.first else ():  # the last two are kept
+            shutil.rmtree(old)
 
     def load(self, model, opt, keep=None):
         """Restore the newest checkpoint that is sound; Progress() if there is none."""
@@ -5735,34 +6177,40 @@ class Checkpoints:
             try:
                 return self._load(path, model, opt, keep)
             except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-                print(f"{path} is damaged ({str(error).splitlines()[0][:100]}), trying the one before it",
-                      file=sys.stderr)
+                if self.ranks.lost_one(error):
+                    raise
+                if self.ranks.first:
+                    print(f"{path} is damaged ({str(error).splitlines()[0][:100]}), trying the one before it",
+                          file=sys.stderr)
         if paths:
             raise UserError(
                 f"no checkpoint in {self.folder} can be read; delete that folder to start this stage again"
             )
         return Progress()
 
-    @staticmethod
-    def _load(path, model, opt, keep):
-        device = next(model.parameters()).device
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["progress"])
-            kept = json.loads(file.metadata().get("keep", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        states = {}
-        for name in [name for name in tensors if name.startswith("optimizer.")]:
+    def _load(self, path, model, opt, keep):
+        """Memory is made for the optimizer's state, under the names and shapes that the files have."""
+        saved = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        sizes, device, ranks = self.ranks.sizes(path), opt.max_logits.device, self.ranks
+        tensors = {f"model.{name}": tensor for name, tensor in ranks.state(model).items()}
+        tensors |= {name: torch.empty(size, dtype=dtype, device=device)
+                    for name, (size, dtype) in sizes.items()
+                    if name == "ever_clipped" or name.startswith("keep.")}
+        states = [(p, {}) for group in opt.param_groups for p in group["params"]]
+        for name in (name for name in sizes if name.startswith("optimizer.")):
             _, number, key = name.split(".")
-            states.setdefault(int(number), {})[key] = tensors.pop(name).to(device)
-        ever_clipped = tensors.pop("ever_clipped").to(device)
-        more = {name: tensors.pop(name).to(device) for name in list(tensors) if name.startswith("keep.")}
-        model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
-        opt.load_state_dict({"state": states, "param_groups": opt.state_dict()["param_groups"]})
+            p, state = states[int(number)]
+            state[key] = torch.empty(1, device=device) if key == "step" else torch.empty_like(p)
+            tensors[name] = state[key] if key == "step" else ranks.globally(state[key], opt.parameter_of(p))
+            state[key] = state[key].view(() if key == "step" else p.shape)
+        ranks.read(tensors, path)
+        for p, state in states:
+            opt.state[p] = state
         if keep:
-            keep.load_state_dict({"facts": kept, "tensors": {name.removeprefix("keep."): tensor
-                                                             for name, tensor in more.items()}})
-        facts["max_logit"] = float(facts["max_logit"])
-        return Progress(**{**facts, "ever_clipped": ever_clipped})
+            keep.load_state_dict({"facts": saved["keep"], "tensors": {
+                name.removeprefix("keep."): t for name, t in tensors.items() if name.startswith("keep.")}})
+        facts = {**saved["progress"], "max_logit": float(saved["progress"]["max_logit"])}
+        return Progress(**{**facts, "ever_clipped": tensors["ever_clipped"]})
 
 
 class Metrics:
@@ -5789,7 +6237,11 @@ def read_metrics(out):
 
 
 class StopOnSignal:
-    """Ctrl-C or SIGTERM asks for a stop at the end of the step; a second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM asks for a stop at the end of the step; a second one stops at once. Not so under
+    torchrun: it passes on what the terminal has sent to all of us, and sees to the end itself."""
+
+    def __init__(self, ranks):
+        self.ranks = ranks
 
     def __enter__(self):
         self.wanted, self.before = False, {}
@@ -5800,7 +6252,8 @@ class StopOnSignal:
 
     def ask(self, number, frame):
         self.wanted = True
-        self.__exit__()
+        if not self.ranks.many:
+            self.__exit__()
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -5811,32 +6264,46 @@ def accumulate(model, job, batch, weight=1.0):
     """Forward and backward over all micro-batches; returns the mean loss of the batch, without `weight`.
 
     The loss is divided by the number of targets of the whole batch, so that how it is cut into
-    micro-batches does not matter. A micro-batch of longer sequences has fewer of them.
+    micro-batches, and these among ranks, does not matter. A micro-batch of longer sequences has fewer rows.
     """
     run, (tokens, targets, *document) = job.run, batch
     rows = max(1, run.micro_batch * run.seq_len // tokens.shape[1])
-    n_targets = (targets != -100).sum().clamp(min=1)
+    n_targets = job.ranks.sum((targets != -100).sum()).clamp(min=1)
+    n_rows = job.ranks.sum(len(tokens))
     loss_sum = torch.zeros((), device=job.device)
-    for x, y, *d in zip(*(part.split(rows) for part in (tokens, targets, *document))):
+    for x, y, *d in zip(*(part.split(rows) for part in (tokens, targets, *document))) if len(tokens) else ():
         with job.autocast():
             loss = model.loss(x, y, *d)
         n_here = (y != -100).sum()
-        share = len(x) / len(tokens)
+        share = len(x) / n_rows
         (weight * (loss * (n_here / n_targets) + run.aux_alpha * share * model.aux_loss)).backward()
         loss_sum += loss.detach() * n_here
-    return (loss_sum / n_targets).item()
+    passes = math.ceil(math.ceil(n_rows / job.ranks.size) / rows)  # of the rank with most rows
+    take_part(model, job, passes - math.ceil(len(tokens) / rows))
+    return (job.ranks.sum(loss_sum) / n_targets).item()
+
+
+def take_part(model, job, passes):
+    """A rank that has no more rows goes through the collectives of the others' with a token of no weight."""
+    for _ in range(passes):
+        model.training = False  # nothing is recorded
+        token = torch.zeros(1, 1, dtype=torch.long, device=job.device)
+        with job.autocast():
+            loss = model.loss(token, token)
+        (0 * loss).backward()
+        model.training = True
 
 
 def update(model, opt, job, loss, lr):
     """An optimizer step with the gradients that have accumulated. Returns the step's figures."""
     limit = math.inf if job.run.grad_clip is None else job.run.grad_clip
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+    grad_norm = job.ranks.clip_grad_norm(model, limit).item()
     stop_if_broken(model, loss, grad_norm)
     for group in opt.param_groups:
         group["lr"] = lr
-    load = model.expert_load / model.expert_load.mean(dim=1, keepdim=True).clamp(min=1)
     opt.step()
     opt.zero_grad()
+    load = opt.expert_load / opt.expert_load.mean(dim=1, keepdim=True).clamp(min=1)
     return {"loss": loss, "grad_norm": grad_norm, "s_max": opt.max_logits.max().item(),
             "expert_load_max": [round(v, 3) for v in load.amax(dim=1).tolist()], "load": load}
 
@@ -5863,13 +6330,15 @@ def stop_if_broken(model, loss, grad_norm):
     )
 
 
-def fit(stage, job, model, opt, course, batch_of, evaluate, lr_of, learn=train_step, keep=None):
+def fit(stage, job, model, twin, opt, course, batch_of, evaluate, lr_of, learn=train_step, keep=None):
     """Train through a course of phases from the last checkpoint. `batch_of(step, phase)` gives (tokens,
-    targets), `lr_of(step)` the learning rate, `evaluate(step, phase)` a dictionary for the log, before the
-    first step of each phase in the state the last one left. `learn` makes a step of a batch; `keep` is what
-    else a checkpoint has to hold, by `state_dict` and `load_state_dict`. Returns the Progress; exact under
-    kill and resume."""
-    run, checkpoints, steps = job.run, Checkpoints(job.out, stage), course[-1].end
+    targets), of its rows those of this rank, `lr_of(step)` the learning rate, `evaluate(step, phase)` a
+    dictionary for the log, before the first step of each phase in the state the last one left, on the first
+    rank, while `twin` has the model's weights. `learn` makes a step of a batch; `keep` is what else a
+    checkpoint has to hold, by `state_dict` and `load_state_dict`. Returns the Progress; exact under kill and
+    resume."""
+    run, ranks, steps = job.run, job.ranks, course[-1].end
+    checkpoints = Checkpoints(job.out, stage, ranks)
 
     def enter(step):
         phase = next(phase for phase in course if step < phase.end)
@@ -5880,21 +6349,25 @@ def fit(stage, job, model, opt, course, batch_of, evaluate, lr_of, learn=train_s
     progress = checkpoints.load(model, opt, keep)
     if progress.ever_clipped is None:
         progress.ever_clipped = torch.zeros_like(opt.max_logits, dtype=torch.bool)
-    metrics, started = Metrics(job.out, stage, progress.step), progress.step
-    bar = tqdm(total=steps, initial=started, desc=stage, unit="step", disable=None)
+    metrics, started = Metrics(job.out, stage, progress.step) if ranks.first else None, progress.step
+    bar = tqdm(total=steps, initial=started, desc=stage, unit="step", disable=None if ranks.first else True)
     model.train()
     phase = enter(max(0, started - 1))
-    with StopOnSignal() as stop:
+    with StopOnSignal(ranks) as stop:
         for step in range(started, steps + 1):
             last, row, clock = step == steps, {"stage": stage, "step": step}, time.perf_counter()
             if last or step == phase.end or step % run.eval_every == 0:
-                row |= evaluate(step, phase)
-                plot_run(job.out, stage)
-                tqdm.write(f"{stage} {step}/{steps} " + describe(row))
-            if step > started and (last or stop.wanted or step % run.save_every == 0):
+                with ranks.whole(model, twin):
+                    if ranks.first:
+                        row |= evaluate(step, phase)
+                        plot_run(job.out, stage)
+                        tqdm.write(f"{stage} {step}/{steps} " + describe(row))
+            stopping = ranks.sum(int(stop.wanted)) > 0  # all at the same step
+            if step > started and (last or stopping or step % run.save_every == 0):
                 checkpoints.save(model, opt, progress, keep)
-            if last or stop.wanted:
-                metrics.write(row)
+            if last or stopping:
+                if ranks.first:
+                    metrics.write(row)
                 progress.seconds += time.perf_counter() - clock
                 break
             if step == phase.end:
@@ -5906,7 +6379,7 @@ def fit(stage, job, model, opt, course, batch_of, evaluate, lr_of, learn=train_s
             except Broken as error:
                 raise UserError(f"{stage} stopped at step {step}: {error}. "
                                 f"The last good checkpoint is in {checkpoints.folder}") from None
-            load, tokens = figures.pop("load"), batch[0].numel()
+            load, tokens = figures.pop("load"), ranks.sum(batch[0].numel())
             now = time.perf_counter()
             clipped = opt.max_logits > opt.tau if opt.clip else torch.zeros_like(progress.ever_clipped)
             progress = Progress(
@@ -5917,10 +6390,12 @@ def fit(stage, job, model, opt, course, batch_of, evaluate, lr_of, learn=train_s
                     "tok_s": round(tokens / (now - began)), "clipped_heads": int(clipped.sum()), **figures}
             if step % run.eval_every == 0:
                 row |= {"s_max_heads": opt.max_logits.tolist(), "expert_load": load.tolist()}
-            metrics.write(row)
+            if ranks.first:
+                metrics.write(row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=row["tok_s"], refresh=False)
             bar.update()
     bar.close()
+    ranks.wait()  # for the last line of the log
     if progress.step < steps:
         raise UserError(f"stopped and saved at step {progress.step}; go on with: "
                         f"python train.py --resume --out {job.out}")
@@ -5948,30 +6423,30 @@ def pretrain(job):
     course = phases(run, job.cfg, job.data)
     torch.manual_seed(run.seed)
     with job.device:
-        model = KimiK2(job.cfg)
+        model = job.ranks.build(job.cfg)
     model.recompute = run.recompute
-    opt = MuonClip(model, lr=run.lr, weight_decay=run.weight_decay, momentum=run.momentum, tau=run.tau,
-                   kind=run.optimizer)
+    twin, opt = job.ranks.twin(model), job.ranks.optimizer(
+        model, lr=run.lr, weight_decay=run.weight_decay, momentum=run.momentum, tau=run.tau,
+        kind=run.optimizer)
     compile_blocks(model, job)
 
     def batch_of(step, phase):
         return job.data.batch(run.seed, step, phase.rows, phase.seq_len, job.device,
-                              phase.weights_at(step))
+                              phase.weights_at(step), job.ranks.rows(phase.rows))
 
     def evaluate(step, phase):
         last = step == course[-1].end
-        row = {"val_bpb": bits_per_byte(model, job, run.eval_tokens * (FINAL_EVAL if last else 1)),
-               "sample": sample_text(model, job, step)}
+        row = {"val_bpb": bits_per_byte(twin, job, run.eval_tokens * (FINAL_EVAL if last else 1)),
+               "sample": sample_text(twin, job, step)}
         if step == phase.end and phase.name in ("long", "yarn"):
             when = "before YaRN" if phase.name == "long" else "after YaRN"
-            row["long_context"] = {"when": when, **long_context(model, job)}
+            row["long_context"] = {"when": when, **long_context(twin, job)}
         if last and (world := training_world(job.out)):
-            row["recall"] = recall(model, job.tok, world)
+            row["recall"] = recall(twin, job.tok, world)
         return row
 
-    progress = fit("pretrain", job, model, opt, course, batch_of, evaluate, lambda step: wsd(step, run))
-    save_pretrained(model, job.tok, job.out / "model_base")
-    save_pretrained(model, job.tok, job.out / "model")
+    progress = fit("pretrain", job, model, twin, opt, course, batch_of, evaluate, lambda step: wsd(step, run))
+    job.ranks.save_pretrained(model, job.tok, job.out / "model_base", job.out / "model")
     final = read_metrics(job.out)[-1]
     facts = {"pretrain": {
         "tokens": progress.tokens, "val_bpb": final["val_bpb"], "max_logit": progress.max_logit,
@@ -6006,13 +6481,14 @@ def sft(job):
     if not (base / "config.json").exists():
         raise UserError(f"sft: no model in {base}; run the pretrain stage first, or give --base FOLDER")
     torch.manual_seed(run.seed)
-    model, _ = load_pretrained(base, job.device)
+    model, _ = load_pretrained(base, job.device, shard=job.ranks.shard)
     model.recompute = run.recompute
     rows = max(1, run.batch_size * run.seq_len // run.sft_len)
     dialogs = Dialogs(sft_sources(job), job.tok, run.sft_weights, run.seed, rows * run.sft_steps, run.sft_len)
-    if dialogs.cut:
+    if dialogs.cut and job.ranks.first:
         print(f"note: {dialogs.cut} dialogs are longer than --sft_len {run.sft_len} and were cut")
-    opt = MuonClip(model, lr=run.sft_lr, weight_decay=run.weight_decay, momentum=run.momentum, kind="muon")
+    twin, opt = job.ranks.twin(model), job.ranks.optimizer(
+        model, lr=run.sft_lr, weight_decay=run.weight_decay, momentum=run.momentum, kind="muon")
     compile_blocks(model, job)
     context = model.cfg.max_position_embeddings, model.cfg.rope_scaling
     course = [Phase("sft", 0, run.sft_steps, rows, run.sft_len, {}, context, 0.0)]
@@ -6020,20 +6496,22 @@ def sft(job):
     def evaluate(step, phase):
         if 0 < step < run.sft_steps:
             few = ("single", "new_tool", "new_domain")
-            return {"success": tool_success(model, job, min(50, run.tool_tasks), few)[0]}
-        row = dict(zip(("success", "transcript"), tool_success(model, job, run.tool_tasks)))
+            return {"success": tool_success(twin, job, min(50, run.tool_tasks), few)[0]}
+        row = dict(zip(("success", "transcript"), tool_success(twin, job, run.tool_tasks)))
         if step == run.sft_steps and job.data:
-            row["val_bpb"] = bits_per_byte(model, job, run.eval_tokens)
+            row["val_bpb"] = bits_per_byte(twin, job, run.eval_tokens)
             if world := training_world(job.out):
-                row["recall"] = recall(model, job.tok, world[:: max(1, len(world) // 40)])
+                row["recall"] = recall(twin, job.tok, world[:: max(1, len(world) // 40)])
         return row
 
     schedule = dataclasses.replace(run, steps=run.sft_steps, lr=run.sft_lr, decay=0.5,
                                    warmup=min(10, run.sft_steps // 5))
-    progress = fit("sft", job, model, opt, course, lambda step, phase: dialogs.batch(step, rows, job.device),
-                   evaluate, lambda step: wsd(step, schedule))
-    save_pretrained(model, job.tok, job.out / "model_sft")
-    save_pretrained(model, job.tok, job.out / "model")
+
+    def batch_of(step, phase):
+        return dialogs.batch(step, rows, job.device, job.ranks.rows(rows))
+
+    progress = fit("sft", job, model, twin, opt, course, batch_of, evaluate, lambda step: wsd(step, schedule))
+    job.ranks.save_pretrained(model, job.tok, job.out / "model_sft", job.out / "model")
     measured = [row for row in read_metrics(job.out) if row["stage"] == "sft" and "success" in row]
     first, final = measured[0], measured[-1]
     facts = {"success": {"base": first["success"], "sft": final["success"]},
@@ -6050,7 +6528,7 @@ def rl(job):
     """Reinforcement learning on the gym, with the model as its own critic (R 3.2); leaves model_rl/. An
     iteration plays rollouts and makes `rl_updates` steps with Muon on: the objective, the language-modelling
     loss on dialogs and text (PTX), the critic's loss on fresh pairs of known order (the closed loop)."""
-    run = job.run
+    run, ranks = job.run, job.ranks
     job = dataclasses.replace(job, run=dataclasses.replace(
         run, eval_every=max(1, run.rl_steps // 2), save_every=max(1, run.save_every // 10)))
     own = job.out / "model_sft"
@@ -6058,33 +6536,37 @@ def rl(job):
     if not (start / "config.json").exists():
         raise UserError(f"rl: no model in {start}; run the sft stage first, or give --base FOLDER")
     began = time.perf_counter()
-    model, _ = load_pretrained(start, job.device)
+    model, _ = load_pretrained(start, job.device, shard=ranks.shard)
     model.recompute = run.recompute
-    toolbox, _ = toolbox_of(run)
-    with job.autocast():
-        pool, pairs = choose_prompts(job, model, toolbox)
+    toolbox, twin = toolbox_of(run)[0], ranks.twin(model)
+    with job.autocast(), ranks.whole(model, twin), ranks.one_by_one():
+        pool, pairs = choose_prompts(job, twin, toolbox)
     rows = max(1, 2048 // run.sft_len)
     sources = {name: dialogs[:400] for name, dialogs in sft_sources(job).items()}
     dialogs = Dialogs(sources, job.tok, run.sft_weights, run.seed, rows * run.rl_steps, run.sft_len)
-    opt = MuonClip(model, lr=run.rl_lr, weight_decay=run.weight_decay, momentum=run.momentum, kind="muon")
+    opt = ranks.optimizer(model, lr=run.rl_lr, weight_decay=run.weight_decay, momentum=run.momentum,
+                          kind="muon")
     compile_blocks(model, job)
-    controller, examiner = Controller(model, job, pool, toolbox), Controller(model, job, {}, toolbox)
+    controller, examiner = Controller(twin, job, pool, toolbox), Controller(twin, job, {}, toolbox)
     context = model.cfg.max_position_embeddings, model.cfg.rope_scaling
     course = [Phase("rl", 0, run.rl_steps, 0, 0, {}, context, 0.0)]
 
     def batch_of(step, phase):
-        with job.autocast():
+        with job.autocast(), ranks.whole(model, twin, everywhere=True) as seconds:
             groups, known, figures = controller.iteration(step)
-        others = [(dialogs.batch(step, rows, job.device), run.ptx_weight)]
+        if ranks.many:
+            figures["gather_seconds"] = round(seconds, 3)  # of the weights, from shards
+        others = [(dialogs.batch(step, rows, job.device, ranks.rows(rows)), run.ptx_weight)]
         if job.data:
-            text = job.data.batch(run.seed, step, max(1, 2048 // run.seq_len), run.seq_len, job.device)
+            n = max(1, 2048 // run.seq_len)
+            text = job.data.batch(run.seed, step, n, run.seq_len, job.device, mine=ranks.rows(n))
             others = [(others[0][0], run.ptx_weight / 2), (text, run.ptx_weight / 2)]
         if known:
             told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known[:8]
                     for order, best in (((better, worse), "A"), ((worse, better), "B"))]
-            others.append((padded(told, job.tok, job.device), run.critic_weight))
+            others.append((ranks.mine(padded(told, job.tok, job.device)), run.critic_weight))
         ids = torch.tensor([i for group in groups for rollout, _ in group for i in rollout.ids])
-        return ids, groups, [(batch, weight) for batch, weight in others if weight], figures
+        return *ranks.mine((ids,)), groups, [(batch, weight) for batch, weight in others if weight], figures
 
     def learn(model, opt, job, batch, lr):
         _, groups, others, figures = batch
@@ -6103,18 +6585,17 @@ def rl(job):
         row = {"gym": {domain: sum(found) / n for domain, found in hits.items()}}
         row |= {"critic": right, "critic_bias": bias - 0.5}
         if job.data:
-            row["val_bpb"] = bits_per_byte(model, job, run.eval_tokens)
+            row["val_bpb"] = bits_per_byte(twin, job, run.eval_tokens)
         if step in (0, run.rl_steps):
             row["hits"] = {domain: "".join(map(str, found)) for domain, found in hits.items()}
         if step == run.rl_steps:
-            row |= dict(zip(("success", "transcript"), tool_success(model, job, run.tool_tasks)))
+            row |= dict(zip(("success", "transcript"), tool_success(twin, job, run.tool_tasks)))
             if job.data and (world := training_world(job.out)):
-                row["recall"] = recall(model, job.tok, world[:: max(1, len(world) // 40)])
+                row["recall"] = recall(twin, job.tok, world[:: max(1, len(world) // 40)])
         return row
 
-    fit("rl", job, model, opt, course, batch_of, evaluate, lambda step: run.rl_lr, learn, controller)
-    save_pretrained(model, job.tok, job.out / "model_rl")
-    save_pretrained(model, job.tok, job.out / "model")
+    fit("rl", job, model, twin, opt, course, batch_of, evaluate, lambda step: run.rl_lr, learn, controller)
+    ranks.save_pretrained(model, job.tok, job.out / "model_rl", job.out / "model")
     rows = [row for row in read_metrics(job.out) if row["stage"] == "rl"]
     final, facts = rows[-1], {"rl": rl_facts(rows, run.rl_tasks), "success": {"rl": rows[-1]["success"]}}
     if "recall" in final:
@@ -6675,12 +7156,11 @@ def open_run(run_fields, model_fields, resume):
     return run, cfg
 
 
-def train(run, cfg, stage=None):
+def train(run, cfg, stage, ranks):
     """One stage of a run, or all of them, each continued where it stopped; a finished one is not repeated."""
     out, began = Path(run.out), time.perf_counter()
     if run.threads:
         torch.set_num_threads(run.threads)
-    device = pick_device(run.device)
     if run.base:
         if stage not in ("tools", "sft", "rl"):
             raise UserError("--base is for the stages tools, sft and rl: its model is not pretrained again")
@@ -6688,14 +7168,15 @@ def train(run, cfg, stage=None):
         tok = Tokenizer.load(run.base)
         (out / "data").mkdir(exist_ok=True)
     else:
-        tok = prepare_data(run, cfg, out)
+        with ranks.one_by_one():
+            tok = prepare_data(run, cfg, out)
         data = TokenFiles(out / "data", run.domain_weights, run.anneal_weights)
     if tok.n_vocab < cfg.vocab_size:
         print(
             f"note: this text has only {tok.n_vocab} tokens to offer, fewer than vocab_size {cfg.vocab_size}"
         )
         cfg = dataclasses.replace(cfg, vocab_size=tok.n_vocab)
-    job = Job(run, cfg, out, device, tok, data)
+    job = Job(run, cfg, out, ranks.device, tok, data, ranks)
     if data:
         about = json.loads((out / "data" / "index.json").read_text(encoding="utf-8"))
         finish(job, "data", lambda job: (time.perf_counter() - began, {"rephrase": about["rephrase"]["all"]}))
@@ -6713,8 +7194,12 @@ def train(run, cfg, stage=None):
 def finish(job, stage, work):
     """Do a stage of a run, unless it is done, and report it. `work(job)` gives seconds and figures."""
     left = {"pretrain": "model_base", "sft": "model_sft", "rl": "model_rl"}.get(stage, "data")
-    if stage not in read_report(job.out).get("seconds", {}) or not (job.out / left).exists():
-        write_report(job, stage, *work(job))
+    ranks, done = job.ranks, stage in read_report(job.out).get("seconds", {}) and (job.out / left).exists()
+    if ranks.agree(not done) and (ranks.first or left != "data"):  # one rank is enough for data
+        seconds_and_facts = work(job)
+        if ranks.first:
+            write_report(job, stage, *seconds_and_facts)
+    ranks.wait()
 
 
 def main(argv=None):
@@ -6722,8 +7207,12 @@ def main(argv=None):
     try:
         if command["plan"]:
             print(plan(*configure(run_fields, model_fields)))
-        else:
-            train(*open_run(run_fields, model_fields, command["resume"]), command["stage"])
+            return
+        ranks = Ranks(pick_device(run_fields.get("device", "auto")), run_fields.get("ep", 1))
+        with ranks.speaking():
+            with ranks.one_by_one():
+                run, cfg = open_run(run_fields, model_fields, command["resume"])
+            train(run, cfg, command["stage"], ranks)
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; nothing was half-written, the same command goes on from here")
     except (UserError, ValueError, FileNotFoundError) as error:

@@ -166,6 +166,7 @@ class OneJob:
     def __init__(self, **fields):
         run, _ = train.configure({"preset": "nano", "aux_alpha": 0.0, **fields}, {})
         self.run, self.device, self.autocast = run, torch.device("cpu"), contextlib.nullcontext
+        self.ranks = train.Ranks()
 
 
 @pytest.mark.parametrize("length", [1, 200])

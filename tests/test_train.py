@@ -95,7 +95,7 @@ def test_ctrl_c_saves_and_resume_goes_on(finished, tmp_path):
     process.send_signal(signal.SIGINT)
     errors = process.communicate()[1]
     assert "stopped and saved at step" in errors and "Traceback" not in errors
-    assert process.returncode != 0 and list((out / "ckpt").glob("*.safetensors"))
+    assert process.returncode != 0 and list((out / "ckpt").glob("pretrain_*"))
     # a second start without --resume, with the same settings, continues as well
     subprocess.run(command(*NANO, "--out", out), check=True, capture_output=True)
     assert_same_run(finished[0], out)
@@ -116,18 +116,18 @@ def test_full_disk_keeps_the_last_good_checkpoint(finished, tmp_path):
 
     out = tmp_path / "full"
     process = subprocess.Popen(command(*NANO, "--out", out), stderr=subprocess.DEVNULL)
-    while not (out / "ckpt").exists() or not list((out / "ckpt").glob("*.safetensors")):
+    while not (out / "ckpt").exists() or not list((out / "ckpt").glob("pretrain_*")):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    good = sorted((out / "ckpt").glob("*.safetensors"))
+    good = sorted((out / "ckpt").glob("pretrain_*"))
     limited = subprocess.run(
         command("pretrain", "--resume", "--out", out), capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
     )
     assert limited.returncode != 0 and "could not save" in limited.stderr
     assert len(limited.stderr.strip().splitlines()) == 1 or "Traceback" not in limited.stderr
-    assert sorted((out / "ckpt").glob("*.safetensors")) == good
+    assert sorted((out / "ckpt").glob("pretrain_*")) == good
     subprocess.run(command("pretrain", "--resume", "--out", out), check=True, capture_output=True)
     assert_same_run(finished[0], out)
 
@@ -138,13 +138,13 @@ def test_damaged_newest_checkpoint_falls_back(finished, tmp_path, capsys):
 
     out = tmp_path / "damaged"
     shutil.copytree(finished[0], out)
-    newest = sorted((out / "ckpt").glob("*.safetensors"))[-1]
+    newest = sorted((out / "ckpt").glob("pretrain_*"))[-1] / "all.safetensors"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     shutil.rmtree(out / "model_base")  # as if killed before the stage was finished
     train.main(["pretrain", "--resume", "--out", str(out)])
     assert "is damaged" in capsys.readouterr().err
     assert_same_run(finished[0], out)
-    for path in (out / "ckpt").glob("*.safetensors"):
+    for path in (out / "ckpt").glob("*/*.safetensors"):
         path.write_bytes(b"garbage")
     shutil.rmtree(out / "model_base")
     with pytest.raises(SystemExit, match="no checkpoint in .* can be read"):
@@ -166,7 +166,7 @@ def test_report_and_files_of_a_run(finished):
     assert sum(last["val_bpb"].values()) < 0.7 * sum(first["val_bpb"].values())
     model, tok = load_pretrained(out / "model")
     assert model.cfg.vocab_size == tok.n_vocab == 512
-    state = load_file(sorted((out / "ckpt").glob("*"))[-1])
+    state = load_file(sorted((out / "ckpt").glob("*/*.safetensors"))[-1])
     assert torch.equal(state["model.lm_head.weight"], model.lm_head.weight)
     # every optimizer state of every parameter is in the checkpoint
     n_params = len(list(model.parameters()))
@@ -254,7 +254,7 @@ def test_exploding_run_names_the_step_and_keeps_the_checkpoint(tmp_path):
     out = tmp_path / "hot"
     with pytest.raises(SystemExit, match=r"stopped at step \d+: loss .* Try a smaller --lr"):
         train.main([*NANO, "--out", str(out), "--lr", "50", "--warmup", "30", "--save_every", "1"])
-    assert list((out / "ckpt").glob("*.safetensors"))
+    assert list((out / "ckpt").glob("pretrain_*"))
 
 
 # --- data -------------------------------------------------------------------------------------------
