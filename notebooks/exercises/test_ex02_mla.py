@@ -25,7 +25,7 @@ def test_same_numbers_as_with_keys(answer):
     for h in range(H):
         keys = torch.cat((C_KV @ W_UK[h].T, K_ROPE), dim=1)  # (S, nope + rope)
         expected = 0.2 * torch.cat((Q_NOPE[:, h], Q_ROPE[:, h]), dim=1) @ keys.T
-        torch.testing.assert_close(scores[:, h], expected, msg=f"head {h} has other scores than with its keys")
+        torch.testing.assert_close(scores[:, h], expected, msg=f"head {h}: other scores than with its keys")
 
 
 def test_makes_no_keys(answer):
