@@ -55,9 +55,8 @@ def test_reads_as_one_idea(path):
     exercise = cells[-1].source
     stub, = EXERCISES.glob(f"ex{path.stem[:2]}_*.py")
     assert "## Exercise" in exercise and stub.name in exercise and f"-k ex{path.stem[:2]}" in exercise
-    code = [cell.source for cell in cells if cell.cell_type == "code"]
-    assert sorted(source.count("\n") + 1 for source in code)[len(code) // 2] <= 15
-    assert max(source.count("\n") + 1 for source in code) <= 30
+    lines = sorted(len(cell.source.split("\n")) for cell in cells if cell.cell_type == "code")
+    assert lines[len(lines) // 2] <= 10 and lines[-1] <= 25, "short cells, with prose between"
 
 
 def run_checks(path, source):
