@@ -33,15 +33,6 @@ SHAPES = {  # overrides of nano that reach every branch of the checkpoint's layo
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small are slower with more, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def new_model(seed=0, **overrides):
     """A nano with weights large enough to matter, router biases and norm gains included."""
     torch.manual_seed(seed)

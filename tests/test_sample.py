@@ -48,15 +48,6 @@ def tokenizers():
 TOKENIZERS = tokenizers()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only lose time to a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def settings(**changed):
     return SimpleNamespace(**{"temperature": 1.0, "top_p": 1.0, "constrained": True, "max_new_tokens": 60,
                               "permissions": {}, **changed})

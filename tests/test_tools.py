@@ -1121,7 +1121,8 @@ def mutated(ids, rng, special):
     return ids
 
 
-def test_100000_model_outputs_never_break_the_parser_the_turn_or_the_disk(toolbox, tok, tmp_path):
+@pytest.mark.parametrize("n", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_model_outputs_never_break_the_parser_the_turn_or_the_disk(toolbox, tok, tmp_path, n):
     rng, special = random.Random(0), [tok.special[name] for name in TOOL_TOKENS]
     scenes = list(mixed(toolbox, 60, "fuzz"))
     messages = [m for e in play(scenes, Teacher()) for m in e.messages if m["role"] == "assistant"]
@@ -1150,7 +1151,7 @@ def test_100000_model_outputs_never_break_the_parser_the_turn_or_the_disk(toolbo
     state = State(copy.deepcopy(start), folder)
     gate = Gate(map(counted, tools.values()), state, budget=4, ask=lambda *_: rng.random() < 0.8)
     waiting, seen = [], Counter()
-    for i in range(100_000):
+    for i in range(n):
         ids = [rng.randrange(tok.n_vocab) for _ in range(rng.randrange(30))] if i % 4 == 0 else (
             mutated(rng.choice(good), rng, special))
         message = tok.parse(ids)
@@ -1176,7 +1177,7 @@ def test_100000_model_outputs_never_break_the_parser_the_turn_or_the_disk(toolbo
             if m["role"] != "assistant":
                 assert isinstance(json.loads(m["content"]), dict) and len(m["content"]) < 20_000
                 m["content"].encode()
-    assert min(seen["errors"], seen["calls"]) > 30_000 and min(seen["turns"], seen["ran"]) > 800, seen
+    assert min(seen["errors"], seen["calls"]) > 0.3 * n and min(seen["turns"], seen["ran"]) > 0.008 * n, seen
     broke = {str(result)[:150] for _, _, result, _ in gate.log if "the tool broke" in str(result)}
     assert not broke
     assert (home / "sentinel").read_text() == "untouched"
