@@ -10,6 +10,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(  # for what tests start
 
 import functools  # noqa: E402
 import shutil  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
 
 import pytest  # noqa: E402
 from runs import SMALL, run  # noqa: E402
@@ -22,12 +24,14 @@ def recipe(tmp_path_factory):
 
     @functools.cache
     def upto(stage):
-        before = {"pretrain": None, "sft": "pretrain", "rl": "sft"}[stage]
-        if before:
-            shutil.copytree(upto(before), folder / stage)
-        # the last stage as most people start it, with none named: those before it are done already
-        done = run(*([] if stage == "rl" else [stage]), *SMALL, "--out", folder / stage)
+        out = folder / stage
+        if stage == "pretrain":  # as people start it; other runs are forked, and test_train.py compares
+            command = [sys.executable, TESTS.parent / "train.py", stage, *SMALL, "--out", out]
+            subprocess.run(command, check=True, capture_output=True)
+            return out
+        shutil.copytree(upto({"sft": "pretrain", "rl": "sft"}[stage]), out)
+        done = run(*([stage] if stage == "sft" else []), *SMALL, "--out", out)  # no stage: all that is left
         assert done.returncode == 0, done.stderr
-        return folder / stage
+        return out
 
     return upto

@@ -1,7 +1,7 @@
 """Runs of train.py for the tests: processes of their own, without what every start of the program costs.
 
 A server (multiprocessing's) has imported the program once and forks; its children are killed, signalled and
-limited like any process. test_train.py compares such a run with `python train.py` itself, byte by byte.
+limited like any process. test_train.py compares such a run with one of `python train.py`, byte by byte.
 """
 
 import multiprocessing
@@ -18,7 +18,7 @@ CONTEXT.set_forkserver_preload(["warm"])
 
 # every stage, every phase of pretraining, 60 steps of it; checkpoints where the context changes, at 50 and 55
 SMALL = """--preset nano --threads 1 --device cpu --max_documents 8 --steps 45 --anneal_steps 5 --long_steps 5
---yarn_steps 5 --yarn_factor 16 --eval_every 30 --save_every 5 --needles 2 --tools 200 --trajectories 40
+--yarn_steps 5 --yarn_factor 16 --eval_every 60 --save_every 5 --needles 2 --tools 200 --trajectories 40
 --tool_tasks 3 --sft_steps 12 --rl_steps 5 --rl_pool 3 --rl_tasks 3 --rl_segment 8""".split()
 
 

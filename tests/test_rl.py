@@ -630,7 +630,6 @@ def test_killed_while_it_explores_resumes_bit_identical(recipe, finished, tmp_pa
     for step in (2, 4):
         checkpoint = out / "ckpt" / f"rl_{step:08d}.safetensors"
         assert kill_when(checkpoint.exists, *SMALL, "--out", out)
-        assert "rl" not in train.read_report(out)["seconds"]
     assert_resumed_is_the_same(out, finished)
 
 

@@ -595,23 +595,26 @@ def test_the_filter_finds_a_flaw(toolbox, tok, flaw):
     assert len(through) <= made / 100, f"{len(through)} of {made} slipped through: {through[:3]}"
 
 
+@pytest.fixture(scope="module")
+def failing(toolbox):
+    """{fault: up to 60 scenes in which a tool has it}; "partial" is rare."""
+    found = {fault: [] for fault in train.FAULTS}
+    for scene in (toolbox.scene(f"failing {i}", ["failing"]) for i in range(2000)):
+        found[scene.task(0, scene.tables).fault].append(scene)
+    return {fault: scenes[:60] for fault, scenes in found.items()}
+
+
 @pytest.mark.parametrize("fault", [fault for fault in train.FAULTS if fault != "no such thing"])
 @pytest.mark.parametrize("flaw", ["wrong tool", "wrong value", "needless call", "wrong answer"])
-def test_flaws_do_not_hide_behind_the_faults_of_tools(toolbox, tok, flaw, fault):
-    scenes = []
-    for scene in (toolbox.scene(f"{fault} {i}", ["failing"]) for i in range(400)):
-        if scene.task(0, scene.tables).fault == fault:
-            scenes.append(scene)
-    made, through = slips(scenes, flaw, tok)
+def test_flaws_do_not_hide_behind_the_faults_of_tools(failing, tok, flaw, fault):
+    made, through = slips(failing[fault], flaw, tok)
+    # what lists in parts is given no value, and of a tool that is down there is nothing wrong to tell
+    assert made >= 10 or (flaw, fault) in (("wrong value", "partial"), ("wrong answer", "down"))
     assert len(through) <= made / 50, f"{len(through)} of {made} slipped through: {through[:3]}"
 
 
-def test_a_wrong_name_in_a_report_of_failure_is_found(toolbox, tok):
-    scenes = []
-    for scene in (toolbox.scene(f"absent {i}", ["failing"]) for i in range(400)):
-        if scene.task(0, scene.tables).fault == "no such thing":
-            scenes.append(scene)
-    made, through = slips(scenes, "wrong answer", tok)
+def test_a_wrong_name_in_a_report_of_failure_is_found(failing, tok):
+    made, through = slips(failing["no such thing"], "wrong answer", tok)
     assert made >= 10
     assert len(through) <= made / 100, f"{len(through)} of {made} slipped through: {through[:2]}"
 
@@ -622,8 +625,8 @@ def test_a_teacher_with_flaws_makes_the_share_that_it_is_told(toolbox, tok):
         episodes = play(mixed(toolbox, 300, "share", 0.0), Teacher(rate))
         return sum(bool(reasons_of(episode, tok)) for episode in episodes) / 300
 
-    none, some, most = map(share, (0.0, 0.3, 1.0))
-    assert none == 0 and 0.2 < some < 0.35 and most > 0.8, (some, most)
+    some, most = map(share, (0.3, 1.0))
+    assert 0.2 < some < 0.35 and most > 0.8, (some, most)
 
 
 def long_ones(toolbox, n):
