@@ -4288,44 +4288,39 @@ def page(domain, source, lines):
     return {**doc, "split": split_of(source)}
 
 
-def lines_of(task, tools, tables):
-    """A task as lines of a page: request, calls, what they return, answer."""
-    gate, results = Gate(tools, State(tables), budget=99, ask=lambda *_: True), []
-    yield task.request, False
-    for step in task.plan:
-        calls = [(name, compact(given)) for name, given in resolved(step, results)]
-        returned = [gate.call(name, given) for name, given in calls]
-        yield from ((f"functions.{name}\n{given}", True) for name, given in calls)
-        yield from ((text, False) for text in returned)
-        results += map(json.loads, returned)
-    yield filled(task.answer, results), True
-
-
 def tool_documents(run, count=5_000):
-    """Pages of tasks with tools that training may see: their names, then the tasks. Each finds tables of its
-    own, so that nothing can be answered from the lines before."""
+    """Pages of tasks with tools that training may see: their names, then requests, calls, what they return,
+    answers. Each request finds tables of its own, so that nothing can be answered from the lines before."""
     toolbox, _ = toolbox_of(run)
     for number in range(min(count, run.max_documents or count)):
         rng = random.Random(f"page {run.seed} {number}")
         pool = toolbox.pool(toolbox.key(rng, "seen"), "seen")
-        lines, named = [], {rng.choice(pool).name}
+        lines, named = [], [rng.choice(pool).name]
         for kind in rng.choices(("single", "multi", "parallel", "none"), (7, 3, 3, 1), k=4):
-            tables = tables_for(pool, rng)
+            tables, results = tables_for(pool, rng), []
             task = KINDS[kind](rng, pool, tables)
-            if task and not task.then:
-                lines += lines_of(task, pool, tables)
-                named |= {name for step in task.plan for name, _ in step}
+            if not task or task.then:
+                continue
+            gate = Gate(pool, State(tables), budget=99, ask=lambda *_: True)
+            lines.append((task.request, False))
+            for step in task.plan:
+                calls = [(name, compact(given)) for name, given in resolved(step, results)]
+                returned = [gate.call(name, given) for name, given in calls]
+                lines += [(f"functions.{name}\n{given}", True) for name, given in calls]
+                lines += [(text, False) for text in returned]
+                results += map(json.loads, returned)
+                named += [name for name, _ in calls]
+            lines.append((filled(task.answer, results), True))
         if lines:
-            names = rng.sample(sorted(named), len(named))
-            yield page("tools", f"tools/{number}", [(" ".join(names), False), *lines])
+            named = sorted(set(named), key=lambda _: rng.random())
+            yield page("tools", f"tools/{number}", [(" ".join(named), False), *lines])
 
 
 DRILLS = (  # read, written, read, written ...: all that is written was read before
     ("Put {a} to {said}.", '{{"name":"{a}","value":{n}}}', '{{"result":{n}}}', "It is now {n}."),
     ("Put {a} to {word}.", '{{"name":"{a}","value":"{word}"}}', '{{"result":"{word}"}}', "It is now {word}."),
-    ("Rename {a} to {b}.", '{{"name":"{a}","new":"{b}"}}', '{{"named":"{b}"}}', "Done."),
-    ("Copy {a} as {b}.", '{{"name":"{a}","new":"{b}"}}', '{{"named":"{b}"}}', "Done."),
     ("Add {said} to {a}.", '{{"name":"{a}","by":{n}}}', '{{"result":{m}}}', "It is now {m}."),
+    ("Call {a} {b}.", '{{"name":"{a}","new":"{b}"}}', '{{"named":"{b}"}}', "Done."),
     ("Get {a}.", '{{"name":"{a}"}}', '{{"result":{m}}}', "It is {m}."),
     ("Get {a}.", '{{"name":"{a}"}}', '{{"result":"{word}"}}', "It is {word}."),
     ("Total.", "{{}}", '{{"total":{m}}}', "It is {m}."),
@@ -4366,9 +4361,10 @@ def drill_documents(run, count=4_000):
             slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": new_number(rng), "p": new_number(rng),
                      "m": sum(rng.choices(list(NUMBERS), k=rng.randrange(1, 4))), "word": rng.choice(words),
                      "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
-                     **dict(zip(("unit", "other"), rng.sample(units, 2))), "who": rng.choice(PEOPLE),
-                     "application": rng.choice(applications), "verb": rng.choice(list(OPERATIONS)),
-                     "o": rng.choice(list(objects)), "f": rng.choice(fields)}
+                     **dict(zip(("unit", "other"), rng.sample(units, 2))),
+                     "who": rng.choice(PEOPLE), "application": rng.choice(applications),
+                     "verb": rng.choice(list(OPERATIONS)), "o": rng.choice(list(objects)),
+                     "f": rng.choice(fields)}
             said = spoken(slots)
             slots |= {"said": said["n"], "more": said["p"], "spoken": said["date"].removeprefix("the ")}
             lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]

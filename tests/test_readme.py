@@ -30,7 +30,8 @@ def test_it_is_short_and_its_links_lead_somewhere():
 @pytest.mark.parametrize("name", ["kimi_k2.py", "train.py"])
 def test_the_map_has_the_sections_of_the_files(name):
     """The same numbers, and titles that begin with the same word."""
-    headings = dict(re.findall(r"^# (\d)  (?:The )?(\w+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+    source = (ROOT / name).read_text(encoding="utf-8")
+    headings = dict(re.findall(r"^# (\d)  (?:The )?(\w+)", source, re.MULTILINE))
     table = README[README.index(f"| `{name}` |"):].split("\n\n")[0]
     rows = dict(re.findall(r"^\| (\d) (?:The )?(\w+)", table, re.MULTILINE))
     assert headings.keys() == rows.keys() == {str(n) for n in range(1, 9)}
