@@ -95,7 +95,7 @@ def test_ctrl_c_saves_and_resume_goes_on(finished, tmp_path):
     process.send_signal(signal.SIGINT)
     errors = process.communicate()[1]
     assert "stopped and saved at step" in errors and "Traceback" not in errors
-    assert process.returncode != 0 and list((out / "ckpt").glob("pretrain_*"))
+    assert process.returncode != 0 and list((out / "ckpt").glob("pretrain_*[0-9]"))
     # a second start without --resume, with the same settings, continues as well
     subprocess.run(command(*NANO, "--out", out), check=True, capture_output=True)
     assert_same_run(finished[0], out)
@@ -116,18 +116,18 @@ def test_full_disk_keeps_the_last_good_checkpoint(finished, tmp_path):
 
     out = tmp_path / "full"
     process = subprocess.Popen(command(*NANO, "--out", out), stderr=subprocess.DEVNULL)
-    while not (out / "ckpt").exists() or not list((out / "ckpt").glob("pretrain_*")):
+    while not (out / "ckpt").exists() or not list((out / "ckpt").glob("pretrain_*[0-9]")):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    good = sorted((out / "ckpt").glob("pretrain_*"))
+    good = sorted((out / "ckpt").glob("pretrain_*[0-9]"))
     limited = subprocess.run(
         command("pretrain", "--resume", "--out", out), capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
     )
     assert limited.returncode != 0 and "could not save" in limited.stderr
     assert len(limited.stderr.strip().splitlines()) == 1 or "Traceback" not in limited.stderr
-    assert sorted((out / "ckpt").glob("pretrain_*")) == good
+    assert sorted((out / "ckpt").glob("pretrain_*[0-9]")) == good
     subprocess.run(command("pretrain", "--resume", "--out", out), check=True, capture_output=True)
     assert_same_run(finished[0], out)
 
@@ -138,7 +138,7 @@ def test_damaged_newest_checkpoint_falls_back(finished, tmp_path, capsys):
 
     out = tmp_path / "damaged"
     shutil.copytree(finished[0], out)
-    newest = sorted((out / "ckpt").glob("pretrain_*"))[-1] / "all.safetensors"
+    newest = sorted((out / "ckpt").glob("pretrain_*[0-9]"))[-1] / "all.safetensors"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     shutil.rmtree(out / "model_base")  # as if killed before the stage was finished
     train.main(["pretrain", "--resume", "--out", str(out)])
@@ -254,7 +254,7 @@ def test_exploding_run_names_the_step_and_keeps_the_checkpoint(tmp_path):
     out = tmp_path / "hot"
     with pytest.raises(SystemExit, match=r"stopped at step \d+: loss .* Try a smaller --lr"):
         train.main([*NANO, "--out", str(out), "--lr", "50", "--warmup", "30", "--save_every", "1"])
-    assert list((out / "ckpt").glob("pretrain_*"))
+    assert list((out / "ckpt").glob("pretrain_*[0-9]"))
 
 
 # --- data -------------------------------------------------------------------------------------------
