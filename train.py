@@ -32,6 +32,7 @@ import http.client
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -214,7 +215,7 @@ RUN_DEFAULTS = {
                  rl_steps=4, rl_lr=1e-3, rl_prompts=14, rl_samples=4, rl_budget=24, rl_segment=12, rl_pool=6),
     "tiny": dict(steps=1000, drill_steps=300, yarn_steps=60, batch_size=16, seq_len=128, lr=6e-3, warmup=20,
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
-                 trajectories=5000, sft_steps=600, sft_lr=2e-3, sft_len=256,
+                 trajectories=8000, sft_steps=800, sft_lr=2e-3, sft_len=256,
                  rl_steps=16, rl_lr=3e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
                  rl_pool=300),
     "mini": dict(steps=4000, batch_size=32, seq_len=512, lr=3e-3, warmup=100, tau=30.0,
@@ -2910,7 +2911,8 @@ def column_total(state, table, column):
 
 
 ROOMS = {"Ash": 4, "Birch": 8, "Cedar": 20, "Elm": 60}  # seats
-ROOM, SLOT = f"{'|'.join(ROOMS)}: the room", "morning|afternoon|evening: the part of the day"
+SLOTS = ("morning", "afternoon", "evening")
+ROOM, SLOT = f"{'|'.join(ROOMS)}: the room", f"{'|'.join(SLOTS)}: the part of the day"
 
 
 def booking_of(room, date, slot):
@@ -3355,7 +3357,7 @@ OPERATIONS = {
         "Done.", ("Rename {o} {name} to {new}.", "Call {o} {name} {new} from now on.")),
     "copy": Operation("object", "Copy a {o}.", {"name": "string", "new": "string"},
         lambda items, at, name, new: copy_item(items, at.object, name, new, keep=True),
-        "Done.", ("Copy {o} {name} as {new}.", "Make a copy {new} of {o} {name}.")),
+        "Done.", ("Copy {o} {name} as {new}.", "Make a copy of {o} {name} named {new}.")),
 }
 
 
@@ -3430,12 +3432,11 @@ def evolved_tool(name):
 
 # Copying is what a toy learns last. It is learned first where the source is one token, told by its kind and
 # unlike its copy: " Fox" in a request is another token than the "Fox" of a call. Where both are the same,
-# copies made earlier drown the source: so users say numbers in words.
+# copies made earlier drown the source: so users say numbers in words. Every word and number has to be met
+# often enough: so they are few, and numbers are tens, whose sums are tens.
 LABELS = ("Fox Owl Elk Bear Wolf Hare Lynx Mole Crow Swan Toad Seal "
           "Gull Wren Oak Fir Yew Fig Iris Rose Lily Moss Fern Reed").split()
-NUMBERS = dict(zip((*range(10, 20), *range(20, 100, 10)), (
-    "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
-    "twenty thirty forty fifty sixty seventy eighty ninety").split()))
+NUMBERS = dict(zip(range(10, 100, 10), "ten twenty thirty forty fifty sixty seventy eighty ninety".split()))
 DAYS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 MONTHS = ("January February March April May June July August September October November "
           "December").split()
@@ -3661,7 +3662,7 @@ WISHES = {  # what users want of the real tools: requests, arguments drawn for (
                       "I found {0[bookings]}."),
     "book_room": (("Book room {room} on {date}, {slot}, for {name}.",), lambda rng, _: {
         "room": rng.choice(list(ROOMS)), "date": a_date(rng), "name": rng.choice(PEOPLE),
-        "slot": rng.choice(("morning", "afternoon", "evening"))}, "Done."),
+        "slot": rng.choice(SLOTS)}, "Done."),
 }
 
 
@@ -3855,6 +3856,13 @@ class Toolbox:
         self.keys = {split: [key for key, group in self.groups.items() if self.among(group, split)]
                      for split in set(self.split_of.values())}
 
+    def key(self, rng, split):
+        """What the tools of a task work on; one task in eight is for the real ones, which are few."""
+        keys = self.keys.get(split, [])
+        real = [key for key in keys if isinstance(key, str)]
+        evolved = [key for key in keys if key not in real]
+        return rng.choice(real if not evolved or (real and rng.random() < 1 / 8) else evolved)
+
     def among(self, tools, split):
         return [tool for tool in tools if self.split_of[tool.name] == split]
 
@@ -3868,8 +3876,7 @@ class Toolbox:
         least one of them of the split; others for the same things, or for any."""
         rng = random.Random(f"scene {seed}")
         for _ in range(1000 if self.keys.get(split) else 0):
-            group = self.pool(rng.choice(self.keys[split]), split)
-            others = self.pool(rng.choice(self.keys[split]), split)
+            group, others = (self.pool(self.key(rng, split), split) for _ in range(2))
             tables = tables_for(group + others, rng)
             first = {"none": "single", "missing": "single"}.get(kinds[0], kinds[0])
             task = KINDS[first](rng, group, tables)
@@ -3950,7 +3957,7 @@ class Episode:
             messages.append({"role": "user", "content": task.request})
             yield from turn(messages, gate)
             if task.then and len(gate.log) == log:  # nothing was done yet: the agent asked for the value
-                messages.append({"role": "user", "content": f"{task.then}."})
+                messages.append({"role": "user", "content": f"To {task.then}."})
                 yield from turn(messages, gate)
             self.spans[-1][3] = copy.deepcopy(gate.state.tables)
 
@@ -4320,7 +4327,7 @@ def readable(messages):
     return lines
 
 
-TASK_MIX = ("single",) * 4 + ("multi",) * 3 + ("parallel", "parallel", "none", "missing", "failing")
+TASK_MIX = ("single",) * 5 + ("multi",) * 2 + ("parallel",) * 3 + ("none", "missing", "failing")
 
 
 def toolbox_of(run):
@@ -4435,14 +4442,14 @@ def page(domain, source, lines):
 
 
 def tool_documents(run, count=5_000):
-    """Pages of tasks with tools that training may see: requests, calls, what they return, answers. Each
-    request finds tables of its own, so that nothing can be answered from the lines before it."""
+    """Pages of tasks with tools that training may see: their names, then requests, calls, what they return,
+    answers. Each request finds tables of its own, so that nothing can be answered from the lines before."""
     toolbox, _ = toolbox_of(run)
     for number in range(min(count, run.max_documents or count)):
         rng = random.Random(f"page {run.seed} {number}")
-        pool = toolbox.pool(rng.choice(toolbox.keys["seen"]), "seen")
-        lines = [(rng.choice(AGENTS).format(area_of(pool[0])), False)]
-        for kind in rng.choices(("single", "multi", "parallel", "none"), (7, 5, 1, 1), k=4):
+        pool = toolbox.pool(toolbox.key(rng, "seen"), "seen")
+        lines, named = [], [rng.choice(pool).name]
+        for kind in rng.choices(("single", "multi", "parallel", "none"), (7, 3, 3, 1), k=4):
             tables, results = tables_for(pool, rng), []
             task = KINDS[kind](rng, pool, tables)
             if not task or task.then:
@@ -4455,21 +4462,41 @@ def tool_documents(run, count=5_000):
                 lines += [(f"functions.{name}\n{given}", True) for name, given in calls]
                 lines += [(text, False) for text in returned]
                 results += map(json.loads, returned)
+                named += [name for name, _ in calls]
             lines.append((filled(task.answer, results), True))
-        if len(lines) > 1:
-            yield page("tools", f"tools/{number}", lines)
+        if lines:
+            named = sorted(set(named), key=lambda _: rng.random())
+            yield page("tools", f"tools/{number}", [(" ".join(named), False), *lines])
 
 
 DRILLS = (  # read, written, read, written ...: all that is written was read before
     ("Put {a} to {said}.", '{{"name":"{a}","value":{n}}}', '{{"result":{n}}}', "It is now {n}."),
     ("Put {a} to {word}.", '{{"name":"{a}","value":"{word}"}}', '{{"result":"{word}"}}', "It is now {word}."),
-    ("Call {a} {b}.", '{{"name":"{a}","new":"{b}"}}'),
-    ("Find.", "{{}}", '{{"found":"{a}","result":{n}}}', "It is {a} with {n}."),
-    ("Find and put {said}.", "{{}}", '{{"found":"{a}","result":10}}', '{{"name":"{a}","value":{n}}}',
-     '{{"result":{n}}}', "It is now {n}."),
+    ("Add {said} to {a}.", '{{"name":"{a}","by":{n}}}', '{{"result":{m}}}', "It is now {m}."),
+    ("Call {a} {b}.", '{{"name":"{a}","new":"{b}"}}', '{{"named":"{b}"}}', "Done."),
+    ("Get {a}.", '{{"name":"{a}"}}', '{{"result":{m}}}', "It is {m}."),
+    ("Get {a}.", '{{"name":"{a}"}}', '{{"result":"{word}"}}', "It is {word}."),
+    ("Total.", "{{}}", '{{"total":{m}}}', "It is {m}."),
+    ("Highest.", "{{}}", '{{"found":"{a}","result":{n}}}', "It is {a} with {n}."),
+    ("Find {word}.", '{{"value":"{word}"}}', '{{"names":["{a}","{b}"]}}', "I found {a}, {b}."),
+    ("Find {said}.", '{{"value":{n}}}', '{{"names":["{a}"]}}', "I found {a}."),
     ("List.", "{{}}", '{{"names":["{a}","{b}","{c}"]}}', "I found {a}, {b}, {c}."),
+    ("List.", "{{}}", '{{"names":["{a}","{b}","{c}","{d}"]}}', "I found {a}, {b}, {c}, {d}."),
+    ("List.", "{{}}", '{{"names":["{a}","{b}","{c}","{d}","{e}"]}}', "I found {a}, {b}, {c}, {d}, {e}."),
+    ("Put {a} to the highest.", "{{}}", '{{"found":"{b}","result":{n}}}', '{{"name":"{a}","value":{n}}}',
+     '{{"result":{n}}}', "It is now {n}."),
+    ("Get the highest.", "{{}}", '{{"found":"{b}","result":{n}}}', '{{"name":"{b}"}}',
+     '{{"result":{m}}}', "It is {m}."),
+    ("Get {a}. Put {b} to {said}.", '{{"name":"{a}"}}\n{{"name":"{b}","value":{n}}}',
+     '{{"result":{m}}}\n{{"result":{n}}}', "It is {m}. It is now {n}."),
     ("I am {who}.", "{who}, hello."),
+    ("Put {who} under {a}.", '{{"key":"{a}","value":"{who}"}}'),
+    ("Add {said} and {more}.", '{{"a":{n},"b":{p}}}', '{{"result":{m}}}', "It is {m}."),
+    ("Give the {unit} of {said} {other}.", '{{"value":{n},"unit":"{other}","to":"{unit}"}}'),
+    ("Keep the {spoken}, {room}, {slot}.", '{{"date":"{date}","room":"{room}","slot":"{slot}"}}'),
     ("In {application}: {verb}, the {f} of {o}.", "functions.{application}_{verb}_{o}_{f}"),
+    ("In {application}: {verb} the {f} of a {o}.", "functions.{application}_{verb}_{o}_{f}"),
+    ("In {application}: {verb} {o}.", "functions.{application}_{verb}_{o}"),
 )
 
 
@@ -4477,18 +4504,22 @@ def drill_documents(run, count=4_000):
     """Pages of DRILLS: copying, which the use of tools is made of, and nothing else. The words of new
     domains are among those that names are made of, as a large corpus has all words; their tools are not."""
     words = sorted({word for words in FIELD_WORDS.values() for word in words.split(",")})
+    units = list(itertools.chain(*UNITS.values()))
     applications = " ".join(names for names, _ in DOMAINS.values()).split()
     objects = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
     fields = sorted({field for fields in objects.values() for field, _ in fields})
     for number in range(min(count, run.max_documents or count)):
         rng, lines = random.Random(f"drill {run.seed} {number}"), []
         for _ in range(5):
-            a, b, c = rng.sample(LABELS, 3)
-            slots = {"a": a, "b": b, "c": c, "n": new_number(rng), "word": rng.choice(words),
+            slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": new_number(rng), "p": new_number(rng),
+                     "m": sum(rng.choices(list(NUMBERS), k=rng.randrange(1, 4))), "word": rng.choice(words),
+                     "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
+                     **dict(zip(("unit", "other"), rng.sample(units, 2))),
                      "who": rng.choice(PEOPLE), "application": rng.choice(applications),
                      "verb": rng.choice(list(OPERATIONS)), "o": rng.choice(list(objects)),
                      "f": rng.choice(fields)}
-            slots["said"] = NUMBERS[slots["n"]]
+            said = spoken(slots)
+            slots |= {"said": said["n"], "more": said["p"], "spoken": said["date"].removeprefix("the ")}
             lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]
         yield page("drills", f"drills/{number}", lines)
 
@@ -4691,13 +4722,25 @@ def train_tokenizer(documents, vocab_size, wrapping=(), most_characters=20_000_0
 
 
 def wrapping(run):
-    """What comes in every dialog and should be few tokens: the words of the chat template and declarations of
-    tools. The texts that the tokenizer learns from have no dialogs."""
+    """What comes in every dialog and should be few tokens: the words of the chat template, declarations of
+    tools, and one by one the words that users, calls and answers share. The texts that the tokenizer learns
+    from have no dialogs; and a word of several tokens is copied much later than a word of one."""
     head = " ".join((*ROLE_TOKEN, "tool_declare", DEFAULT_SYSTEM))
     toolbox, _ = toolbox_of(run)
     tools = [tool for key in toolbox.keys["seen"] for tool in toolbox.pool(key, "seen")]
     for tool in tools[:: 10 if run.data else 1]:
         yield f"{head}\n{compact(tool.declaration())}\n## Return of functions.{tool.name}:0\n"
+    objects = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
+    fields = {field for fields in objects.values() for field, _ in fields}
+    values = " ".join(FIELD_WORDS.values()).replace(",", " ").split()
+    for words, forms in (
+        (" ".join(names for names, _ in DOMAINS.values()).split(), ' {0} a.{0} ":"{0}'),
+        ((*objects, *sorted(fields), *OPERATIONS), " {0} a_{0}"),
+        ((*values, *LABELS, *PEOPLE, *ROOMS, *SLOTS, *itertools.chain(*UNITS.values())), ' {0} ":"{0}'),
+        ((*NUMBERS.values(), *DAYS, *MONTHS), " {0}"),
+        (WISHES, ' a.{0} ":"{0}'), (range(1, 13), "-{0:02}"),
+    ):
+        yield from ((forms.format(word) * (30 if run.data else 300)) for word in words)
 
 
 def prepare_data(run, cfg, out):
@@ -5794,11 +5837,12 @@ class Ranks:
 
     def __init__(self, device=None, ep=1):
         self.size, self.rank, self.ep, self.device = 1, 0, ep, device
-        if device is None or int(os.environ.get("WORLD_SIZE", 1)) == 1 and not dist.is_initialized():
+        joined = dist.is_available() and dist.is_initialized()
+        if device is None or not joined and int(os.environ.get("WORLD_SIZE", 1)) == 1:
             if ep > 1:
                 raise UserError(f"--ep {ep} needs processes: torchrun --nproc-per-node {ep} train.py ...")
             return
-        if not dist.is_initialized():
+        if not joined:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
@@ -5810,7 +5854,8 @@ class Ranks:
         self.mesh = init_device_mesh(device.type, (self.size // ep, ep), mesh_dim_names=("dp", "ep"))
         # the same, as the experts of a layer lie on it one after another
         self.of_experts = DeviceMesh(device.type, self.mesh.mesh.T, mesh_dim_names=("ep", "dp"))
-        self.of_experts._flatten("experts")  # so that they are gathered at once
+        # it advises to gather both dimensions at once, but a group of ranks cannot have another order
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
     @property
     def first(self):
@@ -6241,7 +6286,7 @@ class Checkpoints:
         if ranks.first:
             self.folder.mkdir(exist_ok=True)
             for leftover in self.folder.glob("*.tmp"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
         ranks.wait()
 
     def paths(self):
@@ -6341,7 +6386,11 @@ def read_metrics(out):
 
 
 class StopOnSignal:
-    """Ctrl-C or SIGTERM asks for a stop at the end of the step; a second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM asks for a stop at the end of the step; a second one stops at once. Not so under
+    torchrun: it passes on what the terminal has sent to all of us, and sees to the end itself."""
+
+    def __init__(self, ranks):
+        self.ranks = ranks
 
     def __enter__(self):
         self.wanted, self.before = False, {}
@@ -6352,7 +6401,8 @@ class StopOnSignal:
 
     def ask(self, number, frame):
         self.wanted = True
-        self.__exit__()
+        if not self.ranks.many:
+            self.__exit__()
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -6452,7 +6502,7 @@ def fit(stage, job, model, twin, opt, course, batch_of, evaluate, lr_of, learn=t
     bar = tqdm(total=steps, initial=started, desc=stage, unit="step", disable=None if ranks.first else True)
     model.train()
     phase = enter(max(0, started - 1))
-    with StopOnSignal() as stop:
+    with StopOnSignal(ranks) as stop:
         for step in range(started, steps + 1):
             last, row, clock = step == steps, {"stage": stage, "step": step}, time.perf_counter()
             if last or step == phase.end or step % run.eval_every == 0:

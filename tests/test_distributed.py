@@ -88,12 +88,12 @@ def far(a, b):
                for name in b)
 
 
-def assert_same_log(log, expected, limit=1e-5):
+def assert_same_log(log, expected, limit=1e-4):
     assert len(log) == len(expected)
     for row, other in zip(log, expected):
         for key in ("loss", "grad_norm", "s_max"):
             assert math.isclose(row[key], other[key], rel_tol=limit), (key, row, other)
-        assert row["expert_load_max"] == other["expert_load_max"]
+        assert row["expert_load_max"] == pytest.approx(other["expert_load_max"], abs=0.05)
 
 
 def results_of(n, folder, *layouts):
@@ -221,36 +221,65 @@ def workers(process):
     return [int(number) for number in found.split()]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run on two processes that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(**start(out), check=True)
+    return out
+
+
+def begun(whole, out):
+    """The same run, its data made."""
+    made_later = ("ckpt", "model*", "metrics*", "report*", "figures")
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns(*made_later))
+    return subprocess.Popen(**start(out), stderr=subprocess.PIPE)
+
+
+def wait_for(process, out, n):
+    """Until the log has n lines."""
+    while len(train.read_metrics(out)) < n:
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def assert_ends_like(whole, out):
+    """Started again, a run ends with the bytes of the one that was not interrupted."""
+    subprocess.run(**start(out), check=True)
+    name = "model_base/model.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert [row["step"] for row in train.read_metrics(out)] == list(range(31))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("pgrep"), reason="needs pgrep")
-def test_a_killed_rank_ends_the_job_and_it_goes_on(tmp_path):
-    """kill -9 of a rank at three random moments: the job ends and says so; started again it ends with the
-    bytes of an uninterrupted one. What is left goes on with one process, too."""
-    subprocess.run(**start(tmp_path / "whole"), check=True)
-    weights = (tmp_path / "whole/model_base/model.safetensors").read_bytes()
-    rng = random.Random(0)
-    for number in range(3):
-        out = tmp_path / f"killed{number}"
-        shutil.copytree(tmp_path / "whole", out, ignore=shutil.ignore_patterns(
-            "ckpt", "model*", "metrics*", "report*", "figures"))
-        process = subprocess.Popen(**start(out), stderr=subprocess.PIPE)
-        after = rng.randrange(1, 29)
-        while len(train.read_metrics(out)) < after:
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.3)
-        os.kill(rng.choice(workers(process)), signal.SIGKILL)
-        errors = process.communicate(timeout=120)[1]
-        assert process.returncode != 0 and "exitcode  : -9" in errors
-        assert "lost another" in errors and "goes on from the last checkpoint" in errors
-        if number == 2:
-            shutil.copytree(out, tmp_path / "one")
-        subprocess.run(**start(out), check=True)
-        assert (out / "model_base/model.safetensors").read_bytes() == weights
-        assert [row["step"] for row in train.read_metrics(out)] == list(range(31))
-    train.main(["pretrain", "--resume", "--out", str(tmp_path / "one")])
-    models = [load_file(tmp_path / name / "model_base/model.safetensors") for name in ("one", "whole")]
-    assert far(*models)[0] < 1e-3
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_rank_ends_the_job_and_it_goes_on(whole, tmp_path, seed):
+    """kill -9 of a rank at a random moment: the job ends and says so, and goes on, once on one process."""
+    rng, out = random.Random(seed), tmp_path / "killed"
+    process = begun(whole, out)
+    wait_for(process, out, rng.randrange(1, 29))
+    time.sleep(rng.random() * 0.3)
+    os.kill(rng.choice(workers(process)), signal.SIGKILL)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode != 0 and "exitcode  : -9" in errors
+    assert "lost another" in errors and "goes on from the last checkpoint" in errors
+    if seed == 2:
+        shutil.copytree(out, tmp_path / "one")
+        train.main(["pretrain", "--resume", "--out", str(tmp_path / "one")])
+        models = [load_file(folder / "model_base/model.safetensors") for folder in (tmp_path / "one", whole)]
+        assert far(*models)[0] < 1e-3
+    assert_ends_like(whole, out)
+
+
+@pytest.mark.slow
+def test_sigterm_saves(whole, tmp_path):
+    """torchrun passes it on; the ranks stop at one step, save, and go on later."""
+    process = begun(whole, tmp_path / "stopped")
+    wait_for(process, tmp_path / "stopped", 6)
+    process.terminate()
+    assert "stopped and saved at step" in process.communicate(timeout=300)[1]
+    assert_ends_like(whole, tmp_path / "stopped")
 
 
 def worker(folder, *layouts):

@@ -32,15 +32,6 @@ LONG = 300  # tokens: more than attention written out is used for, and no multip
 ABSORB = pytest.mark.parametrize("absorb", [True, False, None])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def nano(std=0.1, **overrides):
     """A nano model of 1 dense and 2 MoE layers. Its weights are large, gains off 1, biases off 0:
     as initialised, attention is all but uniform, and a wrong scale or rotation would not show."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_model import VARIANTS, ids, moes, naive_attention, naive_max_logits, nano, off, seen_by
-from test_model import one_thread as one_thread  # a fixture: every test here uses it
 
 from kimi_k2 import KimiConfig, KimiK2, MuonClip, count_parameters, newton_schulz
 

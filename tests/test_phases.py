@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import math
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -16,23 +13,7 @@ import torch.nn.functional as F
 import train
 from kimi_k2 import KimiConfig, KimiK2, Tokenizer, load_pretrained
 
-ROOT = Path(__file__).parents[1]
 DATA = SimpleNamespace(weights={"web": 1.0}, anneal_weights={"math": 1.0})
-SHORT = ["--preset", "nano", "--max_documents", "8", "--threads", "1", "--steps", "10", "--anneal_steps", "5"]
-SHORT += [
-    "--drill_steps",
-    "3",
-    "--long_steps",
-    "5",
-    "--yarn_steps",
-    "5",
-    "--yarn_factor",
-    "16",
-    "--eval_every",
-    "100",
-    "--needles",
-    "2",
-]
 
 
 def plan(preset, **fields):
@@ -133,38 +114,10 @@ def test_set_context_is_the_model_of_that_config():
     assert torch.equal(model(tokens)[0], plain)
 
 
-def start(out, *flags):
-    program = [sys.executable, str(ROOT / "train.py"), "pretrain"]
-    subprocess.run([*program, *SHORT, *map(str, flags), "--out", out], check=True, capture_output=True)
-    return out
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return start(tmp_path_factory.mktemp("phases") / "whole", "--save_every", 20)
-
-
-@pytest.mark.parametrize("boundary", [15, 20])
-def test_resume_at_the_switch_is_exact(whole, tmp_path, boundary):
-    """The last checkpoint is that of the step where the length, or YaRN, changes."""
-    out = start(tmp_path / "run", "--save_every", boundary)
-    for path in (out / "ckpt").glob("*_00000025"):
-        shutil.rmtree(path)
-    shutil.rmtree(out / "model_base")
-    subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "pretrain", "--resume", "--out", str(out)],
-        check=True,
-        capture_output=True,
-    )
-    assert (out / "model_base/model.safetensors").read_bytes() == (
-        whole / "model_base/model.safetensors"
-    ).read_bytes()
-
-    def figures(folder):
-        rows = train.read_metrics(folder)
-        return [(row["step"], row.get("loss"), row.get("long_context")) for row in rows]
-
-    assert figures(out) == figures(whole)
+def whole(recipe):
+    """A run with all phases; test_train.py kills it where the context changes."""
+    return recipe("pretrain")
 
 
 def test_the_saved_model_has_yarn_and_the_log_its_phases(whole):
@@ -172,9 +125,9 @@ def test_the_saved_model_has_yarn_and_the_log_its_phases(whole):
     assert model.cfg.rope_scaling["factor"] == 16 and model.cfg.max_position_embeddings == 16 * 64
     rows = train.read_metrics(whole)
     phases = [row["phase"] for row in rows if "loss" in row]
-    assert phases == ["drill"] * 3 + ["pretrain"] * 7 + ["anneal"] * 5 + ["long"] * 5 + ["yarn"] * 5
+    assert phases == ["drill"] * 10 + ["pretrain"] * 35 + ["anneal"] * 5 + ["long"] * 5 + ["yarn"] * 5
     measured = [row["step"] for row in rows if "long_context" in row]
-    assert measured == [20, 25]  # before YaRN, and after
+    assert measured == [55, 60]  # before YaRN, and after
     report = json.loads((whole / "report.json").read_text())
     assert set(report["long_context"]) == {"1x", "2x", "4x", "8x", "16x"}
     assert report["recall"]["base"] >= 0 and report["rephrase"]["rejected"] == 0
@@ -232,8 +185,6 @@ def test_an_untrained_model_finds_needles_by_chance_alone(whole):
     job = job_of(whole)
     torch.manual_seed(1)
     model = KimiK2(dataclasses.replace(job.cfg, vocab_size=job.tok.n_vocab)).eval()
-    import random
-
     share = train.needle_accuracy(model, job, 128, 200, random.Random(0))
     assert abs(share - 0.1) < 3.5 * math.sqrt(0.09 / 200)
 

@@ -3,8 +3,6 @@
 import json
 import random
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -14,11 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import kill_when, run
 
 import train
 from kimi_k2 import KimiConfig, KimiK2, Tokenizer, save_pretrained
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +32,7 @@ def tok():
 # --- the invented world ---
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_worlds_have_no_duplicate_and_no_contradiction(seed):
     world = train.invent_world(seed)
     names = [entity["name"] for entity in world]
@@ -336,7 +333,7 @@ def test_adversarial_rephrasings_are_caught(world, attack):
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_adversarial_free_wordings_are_caught(world, attack):
     rng, caught, tried = random.Random(attack.__name__), 0, 0
-    for _ in range(400):
+    for _ in range(200):
         entity, text = rng.choice(FREE)
         false = attack(rng, text, entity, world)
         if false is None or false == text:
@@ -448,7 +445,7 @@ def test_false_mathematics_is_caught():
         "dropped": lambda t: "\n\n".join(t.split("\n\n")[1:]),
         "added": lambda t: t + "\nEuler solved this in his youth.",
     }
-    for doc, _, text in rewritten(train.math_documents(12, 500)):
+    for doc, _, text in rewritten(train.math_documents(12, 200)):
         for name, attack in attacks.items():
             false = attack(text)
             if false != text:
@@ -456,7 +453,7 @@ def test_false_mathematics_is_caught():
                 tried[name], caught[name] = tried[name] + 1, caught[name] + bool(reasons)
                 missed += [] if reasons else [(name, false)]
     for name in attacks:
-        assert tried[name] > 100 and caught[name] >= 0.99 * tried[name], (
+        assert tried[name] > 60 and caught[name] >= 0.99 * tried[name], (
             name,
             caught[name] / tried[name],
             missed[:2],
@@ -485,7 +482,8 @@ def test_arithmetic_is_worked_out_without_eval(expression, value):
 
 
 def test_chunks_are_the_whole_text_in_small_pieces(tok):
-    texts = [doc["text"] for doc in train.code_documents()[:3] + train.math_documents(1, 5)]
+    texts = [doc["text"] for doc in train.math_documents(1, 5)]
+    texts += [Path(module.__file__).read_text(encoding="utf-8") for module in (json, random, re)]
     texts += ["word " * 3000, "x" * 5000, "", "short", "a\n\nb\n\n\n\nc"]
     for text in texts:
         for size in (16, 64, 256):
@@ -719,7 +717,8 @@ def own_world(tmp_path):
 
 
 def stage(path, out, *flags):
-    return ["rephrase", "--preset", "nano", "--data", str(path), "--out", str(out), *map(str, flags)]
+    return ["rephrase", "--preset", "nano", "--tools", "20", "--data", str(path), "--out", str(out),
+            *map(str, flags)]
 
 
 def lines_of(path):
@@ -836,7 +835,7 @@ def test_a_dead_endpoint_is_one_line_and_loses_nothing(own_world, tmp_path):
         assert len(asked) - before > 10 and len(set(asked)) >= len(asked) - 2  # only the failed call again
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_killed_stage_loses_nothing_and_asks_nothing_twice(own_world, tmp_path, seed):
     """kill -9 while an endpoint is answering: the files are those of an uninterrupted run, and only calls
     whose answers were under way are made again."""
@@ -845,17 +844,13 @@ def test_killed_stage_loses_nothing_and_asks_nothing_twice(own_world, tmp_path, 
         train.main(stage(own_world[0], tmp_path / "whole", *flags))
         once = Counter(json.dumps(body) for body in server.asked)
         server.asked.clear()
-        command = [sys.executable, str(ROOT / "train.py"), *stage(own_world[0], tmp_path / "killed", *flags)]
-        kills, rng = 0, random.Random(seed)
-        while kills < 2:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = stage(own_world[0], tmp_path / "killed", *flags)
+        rng = random.Random(seed)
+        for _ in range(2):
             enough = len(server.asked) + rng.randint(1, 12)
-            while len(server.asked) < enough and process.poll() is None:
-                time.sleep(0.005)
-            process.kill()
-            process.wait()
-            kills += 1
-        subprocess.run(command, check=True, capture_output=True)
+            assert kill_when(lambda enough=enough: len(server.asked) >= enough, *command)
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
         again = Counter(json.dumps(body) for body in server.asked)
     assert set(again) == set(once)
     assert sum(again.values()) - sum(once.values()) <= 2 * 3 + 1

@@ -11,18 +11,13 @@ import json
 import math
 import random
 import shutil
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from runs import SMALL, after, kill_when, run
 
 import train
 from kimi_k2 import KimiConfig, KimiK2, Tokenizer, load_pretrained
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -593,36 +588,10 @@ def test_the_interval_of_a_paired_gain():
 # -- the stage -------------------------------------------------------------------------------------------
 
 
-FAST = ("--fast", "--trajectories", "40", "--tools", "100", "--tool_tasks", "2", "--steps", "4",
-        "--anneal_steps", "1", "--long_steps", "1", "--yarn_steps", "1", "--needles", "1", "--sft_steps", "8",
-        "--rl_steps", "5", "--rl_pool", "3", "--rl_tasks", "3", "--rl_segment", "8", "--threads", "1",
-        "--save_every", "10")
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-
-
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A run up to fine-tuning."""
-    out = tmp_path_factory.mktemp("rl") / "base"
-    for stage in ("pretrain", "sft"):
-        subprocess.run(command(stage, *FAST, "--out", out), check=True, capture_output=True)
-    return out
-
-
-def copied(base, out):
-    shutil.copytree(base, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def finished(base, tmp_path_factory):
-    """(folder of an uninterrupted run, seconds of its last stage)."""
-    out, began = copied(base, tmp_path_factory.mktemp("rl") / "whole"), time.perf_counter()
-    subprocess.run(command(*FAST, "--out", out), check=True, capture_output=True)
-    return out, time.perf_counter() - began
+def finished(recipe):
+    """The whole recipe, uninterrupted."""
+    return recipe("rl")
 
 
 def rl_weights(out):
@@ -630,7 +599,7 @@ def rl_weights(out):
 
 
 def test_the_stage_leaves_a_model_and_a_report(finished):
-    out, _ = finished
+    out = finished
     report = json.loads((out / "report.json").read_text())
     found = report["rl"]
     assert set(found["domains"]) == set(train.VERIFIABLE)
@@ -650,25 +619,34 @@ def test_the_stage_leaves_a_model_and_a_report(finished):
     assert any(row["in_flight"] for row in rows), "nothing was ever paused: the kill tests are too weak"
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
-def test_killed_while_it_explores_resumes_bit_identical(base, finished, tmp_path, seed):
-    whole, seconds = finished
-    out, rng = copied(base, tmp_path / "killed"), random.Random(seed)
-    for _ in range(2):
-        process = subprocess.Popen(command(*FAST, "--out", out), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(0.5, 0.9) * seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    subprocess.run(command("--resume", "--out", out), check=True, capture_output=True)
+def assert_resumed_is_the_same(out, whole):
+    done = run("--resume", "--out", out)
+    assert done.returncode == 0, done.stderr
     assert rl_weights(out) == rl_weights(whole)
+
+
+def test_killed_while_it_explores_resumes_bit_identical(recipe, finished, tmp_path):
+    """Killed with answers under way, and once more before the end."""
+    out = shutil.copytree(recipe("sft"), tmp_path / "killed")
+    for step in (2, 4):
+        checkpoint = out / "ckpt" / f"rl_{step:08d}"
+        assert kill_when(checkpoint.exists, *SMALL, "--out", out)
+    assert_resumed_is_the_same(out, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_random_moments(recipe, finished, tmp_path, seed):
+    out, rng = shutil.copytree(recipe("sft"), tmp_path / "killed"), random.Random(seed)
+    for _ in range(2):
+        kill_when(after(rng.uniform(0.5, 0.9) * train.read_report(finished)["seconds"]["rl"]),
+                  *SMALL, "--out", out)
+    assert_resumed_is_the_same(out, finished)
 
 
 def test_rollouts_under_way_survive_a_checkpoint(finished):
     """Every checkpoint's state, through the file and back into a new controller, is the same state."""
-    out, _ = finished
+    out = finished
     saved = json.loads((out / "config.json").read_text())
     run, cfg = train.configure(saved["run"], saved["model"])
     model, tok = load_pretrained(out / "model_sft")
@@ -703,6 +681,5 @@ def test_bad_flags_get_one_line(tmp_path, capsys, flags, message):
 
 
 def test_rl_without_a_model_says_so(tmp_path):
-    done = subprocess.run(command("rl", *FAST, "--base", tmp_path / "none", "--out", tmp_path / "run"),
-                          capture_output=True, text=True)
+    done = run("rl", *SMALL, "--base", tmp_path / "none", "--out", tmp_path / "run")
     assert done.returncode != 0 and "Traceback" not in done.stderr and "none" in done.stderr

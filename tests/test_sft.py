@@ -5,19 +5,15 @@ The reference for a packed row is the same dialog alone in its row; for a run, a
 
 import json
 import random
-import subprocess
-import sys
-import time
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import SMALL, after, kill_when, run
 
 import train
 from kimi_k2 import KimiConfig, KimiK2, Tokenizer, load_pretrained
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -103,22 +99,10 @@ def test_a_step_without_targets_is_no_step(model):
 # -- the stage -------------------------------------------------------------------------------------------
 
 
-FAST = ("--fast", "--trajectories", "40", "--tools", "200", "--tool_tasks", "3", "--steps", "4",
-        "--anneal_steps", "2", "--long_steps", "2", "--yarn_steps", "2", "--needles", "1",
-        "--sft_steps", "12", "--save_every", "4", "--eval_every", "12", "--threads", "1")
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The recipe up to fine-tuning, uninterrupted: (folder, seconds)."""
-    out, began = tmp_path_factory.mktemp("sft") / "whole", time.perf_counter()
-    for stage in ("pretrain", "sft"):
-        subprocess.run(command(stage, *FAST, "--out", out), check=True, capture_output=True)
-    return out, time.perf_counter() - began
+def finished(recipe):
+    """The recipe up to fine-tuning, uninterrupted."""
+    return recipe("sft")
 
 
 def sft_weights(out):
@@ -126,7 +110,7 @@ def sft_weights(out):
 
 
 def test_the_recipe_leaves_models_and_a_report(finished):
-    out, _ = finished
+    out = finished
     report = json.loads((out / "report.json").read_text())
     classes = {"single", "multi", "parallel", "none", "missing", "failing", "new_tool", "new_domain"}
     assert set(report["success"]) == {"base", "sft"} and set(report["success"]["sft"]) == classes
@@ -149,28 +133,34 @@ def test_the_recipe_leaves_models_and_a_report(finished):
 
 
 def test_the_same_command_again_does_nothing(finished):
-    out, _ = finished
+    out = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    subprocess.run(command("sft", *FAST, "--out", out), check=True, capture_output=True)
+    assert run("sft", *SMALL, "--out", out).returncode == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
-def test_killed_while_tuning_resumes_bit_identical(finished, tmp_path, seed):
-    """The kills fall after pretraining, whose own are in test_train.py."""
-    whole, _ = finished
-    out, rng = tmp_path / "killed", random.Random(seed)
-    subprocess.run(command("pretrain", *FAST, "--out", out), check=True, capture_output=True)
-    for _ in range(2):
-        process = subprocess.Popen(command("sft", *FAST, "--out", out), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(3, 9))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    subprocess.run(command("sft", "--resume", "--out", out), check=True, capture_output=True)
+def assert_resumed_is_the_same(out, whole):
+    done = run("sft", "--resume", "--out", out)
+    assert done.returncode == 0, done.stderr
     assert sft_weights(out) == sft_weights(whole)
+
+
+def test_killed_while_tuning_resumes_bit_identical(recipe, finished, tmp_path):
+    """Killed where dialogs are made, after a checkpoint, and at the end, one after the other."""
+    out = shutil.copytree(recipe("pretrain"), tmp_path / "killed")
+    for made in ("data/specs.jsonl", "ckpt/sft_00000005", "ckpt/sft_00000012"):
+        assert kill_when((out / made).exists, "sft", *SMALL, "--out", out), made
+    assert_resumed_is_the_same(out, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_random_moments(recipe, finished, tmp_path, seed):
+    out, rng = shutil.copytree(recipe("pretrain"), tmp_path / "killed"), random.Random(seed)
+    for _ in range(2):
+        kill_when(after(rng.uniform(0, 1) * train.read_report(finished)["seconds"]["sft"]),
+                  "sft", *SMALL, "--out", out)
+    assert_resumed_is_the_same(out, finished)
 
 
 # -- own dialogs -----------------------------------------------------------------------------------------
@@ -195,11 +185,9 @@ def own_file(path):
 
 
 def test_own_dialogs_are_learned_from_a_base_of_ones_own(finished, tmp_path):
-    whole, _ = finished
     own_file(tmp_path / "own.jsonl")
-    done = subprocess.run(
-        command("sft", *FAST, "--base", whole / "model_base", "--data", tmp_path / "own.jsonl",
-                "--sft_steps", 60, "--out", tmp_path / "run"), capture_output=True, text=True)
+    done = run("sft", *SMALL, "--base", finished / "model_base", "--data", tmp_path / "own.jsonl",
+               "--sft_steps", 60, "--eval_every", 60, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     skipped = [line for line in done.stderr.splitlines() if "skipped" in line]
     assert len(skipped) == 6 and all("own.jsonl line" in line for line in skipped)
@@ -212,16 +200,14 @@ def test_own_dialogs_are_learned_from_a_base_of_ones_own(finished, tmp_path):
 
 
 def test_what_cannot_be_tuned_is_said_in_a_line(finished, tmp_path):
-    whole, _ = finished
     (tmp_path / "none.jsonl").write_text('{"text": "a"}\n')
     for case, (arguments, needle) in enumerate((
-        (("sft", *FAST, "--base", tmp_path / "nothing"), "nothing"),
-        (("sft", *FAST, "--base", whole / "model_base", "--sft_weights", "chta=1"), "chta"),
-        (("pretrain", *FAST, "--base", whole / "model_base"), "--base"),
-        (("sft", *FAST, "--base", whole / "model_base", "--agent", "nobody"), "nobody"),
+        (("sft", *SMALL, "--base", tmp_path / "nothing"), "nothing"),
+        (("sft", *SMALL, "--base", finished / "model_base", "--sft_weights", "chta=1"), "chta"),
+        (("pretrain", *SMALL, "--base", finished / "model_base"), "--base"),
+        (("sft", *SMALL, "--base", finished / "model_base", "--agent", "nobody"), "nobody"),
     )):
-        done = subprocess.run(command(*arguments, "--out", tmp_path / str(case)), capture_output=True,
-                              text=True)
+        done = run(*arguments, "--out", tmp_path / str(case))
         assert done.returncode != 0 and needle in done.stderr and "Traceback" not in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
 

@@ -1,33 +1,29 @@
 """The training loop: exact resume, data, schedule, logs, and what bad input gets."""
 
+import dataclasses
 import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from runs import SMALL, Run, after, kill_when, run
 from safetensors.torch import load_file
 
 import train
 from kimi_k2 import KimiConfig, KimiK2, MuonClip, Tokenizer, load_pretrained
 
 ROOT = Path(__file__).parents[1]
-NANO = ["pretrain", "--preset", "nano", "--max_documents", "8", "--threads", "1", "--steps", "45"]
-NANO += ["--needles", "2", "--anneal_steps", "5", "--long_steps", "5", "--yarn_steps", "5"]
-NANO += ["--yarn_factor", "16", "--eval_every", "30", "--save_every", "7"]
-ONE_PHASE = ["pretrain", "--fast", "--max_documents", "4", "--threads", "1", "--needles", "0"]
-ONE_PHASE += ["--anneal_steps", "0", "--long_steps", "0", "--yarn_steps", "0"]
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+ONE_PHASE = """pretrain --fast --threads 1 --tools 20 --needles 0 --drill_steps 0 --anneal_steps 0
+--long_steps 0 --yarn_steps 0 --data""".split()
 
 
 def weights_of(out):
@@ -39,120 +35,113 @@ def losses_of(out):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An uninterrupted nano run of 60 steps: (folder, seconds it took)."""
-    out, began = tmp_path_factory.mktemp("runs") / "whole", time.perf_counter()
-    subprocess.run(command(*NANO, "--out", out), check=True, capture_output=True)
-    return out, time.perf_counter() - began
+def finished(recipe):
+    """An uninterrupted nano run of 60 steps, by `python train.py`."""
+    return recipe("pretrain")
 
 
-def run_with_kills(out, seconds, moments, seed):
-    """Start the run and kill -9 it at `moments` random times; then let it finish."""
-    rng = random.Random(seed)
-    for _ in range(moments):
-        process = subprocess.Popen(command(*NANO, "--out", out), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(0.2, 1.0) * seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    how = ["pretrain", "--resume", "--out", out] if (out / "config.json").exists() else [*NANO, "--out", out]
-    subprocess.run(command(*how), check=True, capture_output=True)
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of one's own to train on; the toy's corpora take longer to read."""
+    path = tmp_path_factory.mktemp("text") / "own.txt"
+    sources = (Path(module.__file__).read_text(encoding="utf-8") for module in (json, random, re))
+    path.write_text("".join(sources), encoding="utf-8")
+    return path
 
 
 def assert_same_run(a, b):
+    def figures(out):
+        return [{key: row[key] for key in row if key != "tok_s"} for row in train.read_metrics(out)]
+
     assert weights_of(a) == weights_of(b)
-    assert losses_of(a) == losses_of(b)
-    assert [row["step"] for row in train.read_metrics(b)] == list(range(61))
+    assert figures(a) == figures(b) and [row["step"] for row in figures(b)] == list(range(61))
     reports = [json.loads((out / "report.json").read_text()) for out in (a, b)]
     assert reports[0]["pretrain"] == reports[1]["pretrain"]
+    assert reports[0]["long_context"] == reports[1]["long_context"]
     assert not list(b.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_killed_and_resumed_ends_bit_identical(finished, tmp_path, seed):
-    out, seconds = finished
-    run_with_kills(tmp_path / "killed", seconds, 1, seed)
-    assert_same_run(out, tmp_path / "killed")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file-size limits")
+def test_interrupted_in_every_way_ends_bit_identical(finished, tmp_path):
+    """One run is killed, stopped and out of disk space, each time somewhere else, and goes on each time."""
+    out = tmp_path / "run"
+    ckpt = out / "ckpt"
+
+    def checkpoints():
+        return sorted(ckpt.glob("pretrain_*[0-9]"))
+
+    # kill -9 while data is prepared
+    assert kill_when((out / "tiktoken.model").exists, "pretrain", *SMALL, "--out", out)
+    assert not (out / "data" / "index.json").exists()
+
+    # Ctrl-C in the middle: a clear line, and a checkpoint; a start with the same settings continues as well
+    started = Run("pretrain", *SMALL, "--out", out)
+    assert started.wait_until(lambda: len(train.read_metrics(out)) > 12), started.stderr
+    started.send_signal(signal.SIGINT)
+    assert started.wait().returncode != 0 and "Traceback" not in started.stderr
+    stopped = int(started.stderr.split("stopped and saved at step ")[1].split(";")[0])
+    assert int(checkpoints()[-1].stem.split("_")[1]) == stopped > 12
+
+    # kill -9 in a step
+    assert kill_when(lambda: len(train.read_metrics(out)) > stopped + 7, "pretrain", "--resume", "--out", out)
+    good = checkpoints()
+    assert len(good) == 2 and not (out / "model_base").exists()
+
+    # a full disk: one line, and the older checkpoint stays
+    limited = run("pretrain", "--resume", "--out", out, largest_file=500_000)
+    assert limited.returncode != 0 and "could not save" in limited.stderr
+    assert "Traceback" not in limited.stderr and checkpoints() == good
+
+    # kill -9 after the checkpoint at the switch to long contexts: the next start makes the switch
+    assert kill_when((ckpt / "pretrain_00000050").exists, "pretrain", "--resume", "--out", out)
+    for path in checkpoints():
+        assert path.stem != "pretrain_00000060"
+        if path.stem > "pretrain_00000050":
+            shutil.rmtree(path)
+
+    # kill -9 after the last checkpoint, while the model is exported and reported
+    assert kill_when((ckpt / "pretrain_00000060").exists, "pretrain", "--resume", "--out", out)
+
+    done = run("pretrain", "--resume", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(finished, out)
+    for path in sorted((finished / "data").iterdir()):
+        assert path.read_bytes() == (out / "data" / path.name).read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_at_twenty_moments(finished, tmp_path, seed):
-    out, seconds = finished
-    run_with_kills(tmp_path / "killed", seconds, 1 + seed % 2, 100 + seed)
-    assert_same_run(out, tmp_path / "killed")
+    out, rng = tmp_path / "killed", random.Random(seed)
+    for _ in range(1 + seed % 2):
+        seconds = train.read_report(finished)["seconds"]["total"]
+        kill_when(after(rng.uniform(0, 1) * seconds), "pretrain", *SMALL, "--out", out)
+    done = run("pretrain", *SMALL, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(finished, out)
 
 
-def test_ctrl_c_saves_and_resume_goes_on(finished, tmp_path):
-    """SIGINT in the middle: a clear line, a checkpoint, and the same weights in the end."""
-    out = tmp_path / "stopped"
-    process = subprocess.Popen(command(*NANO, "--out", out), stderr=subprocess.PIPE, text=True)
-    while len(train.read_metrics(out)) < 12:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate()[1]
-    assert "stopped and saved at step" in errors and "Traceback" not in errors
-    assert process.returncode != 0 and list((out / "ckpt").glob("pretrain_*"))
-    # a second start without --resume, with the same settings, continues as well
-    subprocess.run(command(*NANO, "--out", out), check=True, capture_output=True)
-    assert_same_run(finished[0], out)
-
-
-def test_same_command_twice_gives_the_same_files(finished, tmp_path):
-    again = tmp_path / "again"
-    subprocess.run(command(*NANO, "--out", again), check=True, capture_output=True)
-    assert_same_run(finished[0], again)
-    for path in sorted((finished[0] / "data").iterdir()):
-        assert path.read_bytes() == (again / "data" / path.name).read_bytes()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs file-size limits")
-def test_full_disk_keeps_the_last_good_checkpoint(finished, tmp_path):
-    """A checkpoint that does not fit: one line, the older one stays, the run can go on later."""
-    import resource
-
-    out = tmp_path / "full"
-    process = subprocess.Popen(command(*NANO, "--out", out), stderr=subprocess.DEVNULL)
-    while not (out / "ckpt").exists() or not list((out / "ckpt").glob("pretrain_*")):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    good = sorted((out / "ckpt").glob("pretrain_*"))
-    limited = subprocess.run(
-        command("pretrain", "--resume", "--out", out), capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
-    )
-    assert limited.returncode != 0 and "could not save" in limited.stderr
-    assert len(limited.stderr.strip().splitlines()) == 1 or "Traceback" not in limited.stderr
-    assert sorted((out / "ckpt").glob("pretrain_*")) == good
-    subprocess.run(command("pretrain", "--resume", "--out", out), check=True, capture_output=True)
-    assert_same_run(finished[0], out)
-
-
-def test_damaged_newest_checkpoint_falls_back(finished, tmp_path, capsys):
-    """Half of the newest file is gone: the one before it is used, and said so."""
-    import shutil
-
-    out = tmp_path / "damaged"
-    shutil.copytree(finished[0], out)
-    newest = sorted((out / "ckpt").glob("pretrain_*"))[-1] / "all.safetensors"
+def test_damaged_newest_checkpoint_falls_back(finished, tmp_path):
+    """Half of the newest file is gone: the one before it is used, and said so. It is that of the step where
+    YaRN begins: the switch is made again."""
+    out = shutil.copytree(finished, tmp_path / "damaged")
+    before, newest = sorted((out / "ckpt").glob("pretrain_*[0-9]"))
+    assert before.name == "pretrain_00000055"
+    newest /= "all.safetensors"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     shutil.rmtree(out / "model_base")  # as if killed before the stage was finished
-    train.main(["pretrain", "--resume", "--out", str(out)])
-    assert "is damaged" in capsys.readouterr().err
-    assert_same_run(finished[0], out)
+    done = run("pretrain", "--resume", "--out", out)
+    assert done.returncode == 0 and "is damaged" in done.stderr
+    assert_same_run(finished, out)
     for path in (out / "ckpt").glob("*/*.safetensors"):
         path.write_bytes(b"garbage")
     shutil.rmtree(out / "model_base")
-    with pytest.raises(SystemExit, match="no checkpoint in .* can be read"):
-        train.main(["pretrain", "--resume", "--out", str(out)])
+    done = run("pretrain", "--resume", "--out", out)
+    assert done.returncode != 0 and "no checkpoint in" in done.stderr and "can be read" in done.stderr
 
 
 def test_report_and_files_of_a_run(finished):
-    out = finished[0]
+    out = finished
     report = json.loads((out / "report.json").read_text())
     assert set(report["pretrain"]["val_bpb"]) - {"tools", "drills"} == {"web", "code", "math", "knowledge"}
     assert report["pretrain"]["tokens"] == (50 * 8 + 10 * 4) * 64 and report["preset"] == "nano"
@@ -177,7 +166,7 @@ def test_report_and_files_of_a_run(finished):
 
 def test_logged_bits_per_byte_against_a_naive_sum(finished):
     """The last line's validation, recomputed token by token in float64 from the exported model."""
-    out = finished[0]
+    out = finished
     model, tok = load_pretrained(out / "model_base")
     run, cfg = train.configure(json.loads((out / "config.json").read_text())["run"], {})
     data, logged = train.TokenFiles(out / "data"), train.read_metrics(out)[-1]["val_bpb"]
@@ -250,11 +239,12 @@ def test_nan_stops_before_the_update():
     assert torch.equal(before, model.lm_head.weight) and not opt.state
 
 
-def test_exploding_run_names_the_step_and_keeps_the_checkpoint(tmp_path):
+def test_exploding_run_names_the_step_and_keeps_the_checkpoint(text, tmp_path):
     out = tmp_path / "hot"
     with pytest.raises(SystemExit, match=r"stopped at step \d+: loss .* Try a smaller --lr"):
-        train.main([*NANO, "--out", str(out), "--lr", "50", "--warmup", "30", "--save_every", "1"])
-    assert list((out / "ckpt").glob("pretrain_*"))
+        train.main([*ONE_PHASE, str(text), "--out", str(out), "--lr", "50", "--warmup", "30",
+                    "--save_every", "1"])
+    assert list((out / "ckpt").glob("pretrain_*[0-9]"))
 
 
 # --- data -------------------------------------------------------------------------------------------
@@ -271,7 +261,7 @@ def own_run(tmp_path, **files):
 
 def test_packing_keeps_every_document_between_its_marks(finished):
     """The token file is exactly [BOS] text [EOS] of the split's documents, in order."""
-    out, tok = finished[0], Tokenizer.load(finished[0])
+    out, tok = finished, Tokenizer.load(finished)
     bos, eos = tok.special["[BOS]"], tok.special["[EOS]"]
     for domain in ("web", "code", "math", "knowledge"):
         rows = [
@@ -295,7 +285,7 @@ def test_attention_crosses_documents_in_a_window():
 
 
 def test_batches_follow_weights_and_depend_on_seed_and_step_alone(finished):
-    data = train.TokenFiles(finished[0] / "data", {"math": 1.0})
+    data = train.TokenFiles(finished / "data", {"math": 1.0})
     a, b = data.batch(0, 7, 8, 64), data.batch(0, 7, 8, 64)
     assert torch.equal(a[0], b[0]) and torch.equal(a[0][:, 1:], a[1][:, :-1])
     assert not torch.equal(a[0], data.batch(0, 8, 8, 64)[0])
@@ -304,7 +294,7 @@ def test_batches_follow_weights_and_depend_on_seed_and_step_alone(finished):
     row = a[0][0].tolist()
     assert any(math_ids[i : i + 64] == row for i in range(len(math_ids)))
     with pytest.raises(train.UserError, match="no domain sports"):
-        train.TokenFiles(finished[0] / "data", {"sports": 1.0})
+        train.TokenFiles(finished / "data", {"sports": 1.0})
 
 
 @pytest.mark.parametrize("most", [None, 16])
@@ -370,8 +360,6 @@ def test_one_file_is_cut_into_train_and_validation(tmp_path):
     ],
 )
 def test_bad_flags_get_one_line(tmp_path, capsys, flags, message):
-    import re
-
     with pytest.raises(SystemExit) as exit:
         train.main(["--out", str(tmp_path / "new"), *flags])
     said = (
@@ -389,12 +377,12 @@ def test_empty_or_unreadable_data_is_refused(tmp_path, content):
 
 
 def test_other_settings_are_refused_and_foreign_folders_too(finished, tmp_path):
-    before = weights_of(finished[0])
+    before = weights_of(finished)
     with pytest.raises(SystemExit, match=r"other settings \(steps 45, now 61\)"):
-        train.main([*NANO, "--out", str(finished[0]), "--steps", "61"])
+        train.main(["pretrain", *SMALL, "--out", str(finished), "--steps", "61"])
     with pytest.raises(SystemExit, match=r"other settings \(seed 0, now 5\)"):
-        train.main(["pretrain", "--resume", "--out", str(finished[0]), "--seed", "5"])
-    assert weights_of(finished[0]) == before
+        train.main(["pretrain", "--resume", "--out", str(finished), "--seed", "5"])
+    assert weights_of(finished) == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"x")
     with pytest.raises(SystemExit, match="is not the folder of a run"):
@@ -402,8 +390,6 @@ def test_other_settings_are_refused_and_foreign_folders_too(finished, tmp_path):
 
 
 def test_every_field_is_a_flag_with_help(capsys):
-    import dataclasses
-
     with pytest.raises(SystemExit):
         train.main(["--help"])
     text = capsys.readouterr().out
@@ -463,34 +449,38 @@ def test_transformers_says_what_a_trained_run_says(finished):
         assert theirs_tok.decode(said[0]) == tok.decode(expected[0].tolist())
 
 
-@pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--optimizer", "adamw"], ["--recompute", "true"],
-                                   ["--micro_batch", "2"], ["--dtype", "bf16"]])
-def test_switches_train(tmp_path, flags):
+@pytest.mark.parametrize("flags", ["--optimizer muon --recompute true", "--optimizer adamw --micro_batch 2",
+                                   "--dtype bf16"])
+def test_switches_train(text, tmp_path, flags):
     out = tmp_path / "run"
-    train.main([*ONE_PHASE, "--steps", "6", "--out", str(out), *flags])
+    train.main([*ONE_PHASE, str(text), "--steps", "6", "--out", str(out), *flags.split()])
     losses = losses_of(out)
     assert len(losses) == 6 and losses[-1] < losses[0] and all(map(math.isfinite, losses))
 
 
-FEW_STEPS = [*ONE_PHASE, "--steps", "3", "--compile"]
+def losses_with_compile(text, out, **environment):
+    """(losses of three steps, what was said), in a process of its own: it compiles, or tries."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *ONE_PHASE, str(text), "--steps", "3", "--compile", "on",
+         "--out", str(out / "on")], check=True, capture_output=True, text=True,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(out / "cache"), **environment})
+    return losses_of(out / "on"), done.stdout
 
 
-def compiled_run(out, cache, **environment):
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **environment}
-    return subprocess.run(command(*FEW_STEPS, "on", "--out", out), check=True, capture_output=True,
-                          text=True, env=environment).stdout
+def losses_without(text, out):
+    train.main([*ONE_PHASE, str(text), "--steps", "3", "--compile", "off", "--out", str(out / "off")])
+    return losses_of(out / "off")
 
 
-def test_compile_falls_back_with_a_note(tmp_path):
+def test_compile_falls_back_with_a_note(text, tmp_path):
     """Without a compiler --compile on says so and trains eagerly: the same losses to the bit."""
-    said = compiled_run(tmp_path / "on", tmp_path / "cache", CXX="/no/such/compiler")
+    losses, said = losses_with_compile(text, tmp_path, CXX="/no/such/compiler")
     assert "note: torch.compile failed" in said
-    train.main([*FEW_STEPS, "off", "--out", str(tmp_path / "off")])
-    assert losses_of(tmp_path / "on") == losses_of(tmp_path / "off")
+    assert losses == losses_without(text, tmp_path)
 
 
 @pytest.mark.slow
-def test_compiled_training_has_the_same_losses(tmp_path):
-    assert "note" not in compiled_run(tmp_path / "on", tmp_path / "cache")
-    train.main([*FEW_STEPS, "off", "--out", str(tmp_path / "off")])
-    assert losses_of(tmp_path / "on") == pytest.approx(losses_of(tmp_path / "off"), rel=1e-5)
+def test_compiled_training_has_the_same_losses(text, tmp_path):
+    losses, said = losses_with_compile(text, tmp_path)
+    assert "note" not in said
+    assert losses == pytest.approx(losses_without(text, tmp_path), rel=1e-5)
