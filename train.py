@@ -442,8 +442,9 @@ def gpu_memory(run, cfg, world, ep, length):
 def gpu_traffic(run, cfg, world, ep):
     """Bytes that a rank sends in a micro-batch: gathering weights, summing gradients, tokens to experts."""
     n, n_moe = count_parameters(cfg), cfg.num_hidden_layers - cfg.first_k_dense_replace
-    experts = n.routed_experts / ep * (1 - ep / world)  # among dp ranks; all else among all of them
-    others = (n.total - n.routed_experts) * (1 - 1 / world)
+    share = math.ceil(cfg.n_routed_experts / ep / (world // ep))  # each dp rank's, filled up to whole experts
+    experts = n.routed_experts / cfg.n_routed_experts * share * (world // ep - 1)
+    others = (n.total - n.routed_experts) * (1 - 1 / world)  # among all ranks
     again = n.embedding * (1 - 1 / world)  # lm_head stays for the backward pass
     visits, e = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, 4 if run.dtype == "fp32" else 2
     passes = 6 if run.recompute else 4  # there and back; forward, again, backward

@@ -437,7 +437,7 @@ def test_transformers_says_what_a_trained_run_says(finished):
     """Trained through YaRN, exported, loaded there with its tokenizer: the same greedy text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = finished[0] / "model"
+    folder = finished / "model_base"
     ours, tok = load_pretrained(folder)
     theirs, theirs_tok = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert ours.cfg.rope_scaling["type"] == "yarn"
