@@ -427,8 +427,8 @@ def gpu_memory(run, cfg, world, ep, length):
     block = [attention + routed + bf16 * moe,
              attention + e * tokens * 6 * cfg.intermediate_size + bf16 * dense]
     kept, anew = ([stream, stream], block) if run.recompute else (block, [0, 0])
-    # Four moments compete: the backward passes of lm_head, of the last block with experts, of the last dense one,
-    # of the embedding. Gathered are a block's weights and the next one's, and what its gradients have taken so far.
+    # Four moments compete: the backward passes of lm_head, of the last block with experts, of the last dense
+    # one, of the embedding. Gathered are a block's weights and the next one's, and some of its gradients.
     first, all_kept = dense if n_dense else 0, n_moe * kept[0] + n_dense * kept[1]
     moments = [(many * head, all_kept + 8 * head), (many * (4 * head + first), stream)]
     if n_moe:
