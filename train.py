@@ -427,13 +427,12 @@ def gpu_memory(run, cfg, world, ep, length):
     block = [attention + routed + bf16 * moe,
              attention + e * tokens * 6 * cfg.intermediate_size + bf16 * dense]
     kept, anew = ([stream, stream], block) if run.recompute else (block, [0, 0])
-    # Three moments compete: the last block with experts, the last dense one, the embedding. Gathered are a
-    # block's weights and the next one's, and what its gradients have taken so far.
-    first = dense if n_dense else 0
-    moments = [(many * (4 * head + first), stream)]
+    # Four moments compete: the backward passes of lm_head, of the last block with experts, of the last dense
+    # one, of the embedding. Gathered are a block's weights and the next one's, and some of its gradients.
+    first, all_kept = dense if n_dense else 0, n_moe * kept[0] + n_dense * kept[1]
+    moments = [(many * head, all_kept + 8 * head), (many * (4 * head + first), stream)]
     if n_moe:
-        moments.append((many * (2 * head + 2 * moe + max(moe, first) - experts),
-                        n_moe * kept[0] + n_dense * kept[1] + anew[0]))
+        moments.append((many * (2 * head + 2 * moe + max(moe, first) - experts), all_kept + anew[0]))
     if n_dense:
         moments.append((many * (2 * head + 3 * dense), n_dense * kept[1] + anew[1]))
     return {**states, **dict(zip(("gathered", "activations"), max(moments, key=sum)))}
@@ -442,8 +441,9 @@ def gpu_memory(run, cfg, world, ep, length):
 def gpu_traffic(run, cfg, world, ep):
     """Bytes that a rank sends in a micro-batch: gathering weights, summing gradients, tokens to experts."""
     n, n_moe = count_parameters(cfg), cfg.num_hidden_layers - cfg.first_k_dense_replace
-    experts = n.routed_experts / ep * (1 - ep / world)  # among dp ranks; all else among all of them
-    others = (n.total - n.routed_experts) * (1 - 1 / world)
+    share = math.ceil(cfg.n_routed_experts / ep / (world // ep))  # each dp rank's, filled up to whole experts
+    experts = n.routed_experts / cfg.n_routed_experts * share * (world // ep - 1)
+    others = (n.total - n.routed_experts) * (1 - 1 / world)  # among all ranks
     again = n.embedding * (1 - 1 / world)  # lm_head stays for the backward pass
     visits, e = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, 4 if run.dtype == "fp32" else 2
     passes = 6 if run.recompute else 4  # there and back; forward, again, backward
@@ -6231,7 +6231,10 @@ class Job:
     def autocast(self):
         """bf16 for the matrix products where it pays: on CUDA; weights and optimizer stay fp32."""
         bf16 = self.run.dtype == "bf16" or (self.run.dtype == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+        if not bf16:
+            return contextlib.nullcontext()
+        # of many ranks' weights, gathered layer by layer, no copy may outlive the gathered one
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not self.ranks.many)
 
 
 @dataclass

@@ -430,14 +430,14 @@ def test_plan_of_the_full_model(capsys):
     text = capsys.readouterr().out
     assert "1,026,408,232,448 in all" in text and "6.158 TB" in text and "70,272 B a token" in text
     flops = float(text.split("FLOPs of the run")[1].split()[0])
-    assert flops == pytest.approx(6 * 31.7e9 * 15.5e12, rel=0.12)  # attention adds about 8 %
+    assert flops == pytest.approx(6 * 31.7e9 * 16.02e12, rel=0.1)  # attention adds about 8 %
 
 
 def test_transformers_says_what_a_trained_run_says(finished):
     """Trained through YaRN, exported, loaded there with its tokenizer: the same greedy text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = finished[0] / "model"
+    folder = finished / "model_base"
     ours, tok = load_pretrained(folder)
     theirs, theirs_tok = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert ours.cfg.rope_scaling["type"] == "yarn"
