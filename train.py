@@ -4465,8 +4465,9 @@ def tool_documents(run, count=5_000):
                 named += [name for name, _ in calls]
             lines.append((filled(task.answer, results), True))
         if lines:
-            named = sorted(set(named), key=lambda _: rng.random())
-            yield page("tools", f"tools/{number}", [(" ".join(named), False), *lines])
+            names = list(dict.fromkeys(named))  # a set has another order in every process
+            rng.shuffle(names)
+            yield page("tools", f"tools/{number}", [(" ".join(names), False), *lines])
 
 
 DRILLS = (  # read, written, read, written ...: all that is written was read before
