@@ -7298,6 +7298,7 @@ def plot_tuning(out, rows):
 def plot_rl(out, rows):
     """Rewards by domain, held-out success, length and truncation, the critic."""
     trained, measured = [row for row in rows if "reward" in row], [row for row in rows if "gym" in row]
+    colours = {domain: f"C{number}" for number, domain in enumerate(TASK_BUDGETS)}
 
     def curve(axes, found, key, name=None, scale=1, **how):
         points = [(row["step"], row[key] if name is None else row[key].get(name)) for row in found]
@@ -7306,12 +7307,12 @@ def plot_rl(out, rows):
 
     def rewards(axes):
         for domain in sorted({domain for row in trained for domain in row["rewards"]}):
-            curve(axes, trained, "rewards", domain)
+            curve(axes, trained, "rewards", domain, color=colours[domain])
         axes.set_ylim(0, 1)
 
     def success(axes):
         for domain in measured[0]["gym"]:
-            curve(axes, measured, "gym", domain, marker="o", ms=3)
+            curve(axes, measured, "gym", domain, marker="o", ms=3, color=colours[domain])
         curve(axes, measured, "critic", color="black", ls=":", label="critic")
         axes.set_ylim(0, 1)
 
