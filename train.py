@@ -6579,11 +6579,12 @@ class Alike(Ranks):
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
         super().__init__(torch.device("cpu"), ep)
-        self.names = {dist.group.WORLD.group_name: f"all {world}"}
+        self.names = {}
         if self.many:
-            self.names |= {self.flat.get_group().group_name: f"all {world}"}
-            self.names |= {self.mesh[name].get_group().group_name: f"{name} {self.mesh[name].size()}"
-                           for name in ("dp", "ep")}
+            self.names = {self.mesh[name].get_group().group_name: f"{name} {self.mesh[name].size()}"
+                          for name in ("dp", "ep")}
+            self.names[self.flat.get_group().group_name] = f"all {world}"
+        self.names[dist.group.WORLD.group_name] = f"all {world}"
 
     def sum(self, x):
         return super().sum(x) if isinstance(x, torch.Tensor) else x * self.size
