@@ -398,22 +398,25 @@ def configure(run_fields, model_fields):
 # over 16 pipeline stages x 16-way expert parallelism, the optimizer over the replicas of these 256 GPUs.
 
 
-def whole_layers(cfg, ep):
+def whole_layers(cfg, world, ep):
     """Elements that a rank gathers: of a layer with experts, of a dense layer; its experts alone; lm_head."""
-    n, C = count_parameters(cfg), cfg.hidden_size
-    n_moe = max(1, cfg.num_hidden_layers - cfg.first_k_dense_replace)
+    n, n_moe = count_parameters(cfg), max(1, cfg.num_hidden_layers - cfg.first_k_dense_replace)
     every = (n.attention + n.norms) / cfg.num_hidden_layers
-    experts = n.routed_experts / ep / n_moe
+    experts = experts_held(cfg, world, ep) * (world // ep) * n.routed_experts / cfg.n_routed_experts / n_moe
     moe = every + experts + (n.shared_experts + n.router) / n_moe
-    return moe, every + 3 * C * cfg.intermediate_size, experts, n.embedding
+    return moe, every + 3 * cfg.hidden_size * cfg.intermediate_size, experts, n.embedding
+
+
+def experts_held(cfg, world, ep):
+    """Of a layer, on its fullest rank: an ep'th of them, shared out in whole among the dp ranks."""
+    return math.ceil(cfg.n_routed_experts / ep / (world // ep))
 
 
 def gpu_memory(run, cfg, world, ep, length):
     """Bytes by part that the fullest of `world` ranks needs for a step, its rows `length` tokens long."""
     n, C, K, H = count_parameters(cfg), cfg.hidden_size, cfg.num_experts_per_tok, cfg.num_attention_heads
     n_moe, F = cfg.num_hidden_layers - cfg.first_k_dense_replace, cfg.moe_intermediate_size
-    experts = math.ceil(math.ceil(cfg.n_routed_experts / ep) / (world // ep))  # of a layer; whole ones
-    held = n_moe * experts * 3 * C * F + (n.total - n.routed_experts) / world
+    held = n_moe * experts_held(cfg, world, ep) * 3 * C * F + (n.total - n.routed_experts) / world
     states = {"weights": 4 * held, "gradients": 4 * held,
               "optimizer": 4 * held + 4 * (2 * n.embedding + n.norms) / world}
     tokens, e = max(1, run.micro_batch * run.seq_len // length) * length, 4 if run.dtype == "fp32" else 2
@@ -421,12 +424,14 @@ def gpu_memory(run, cfg, world, ep, length):
     stream = 4 * tokens * C  # what a block reads
     attention = 5 * stream + e * tokens * H * (4 * D + 3 * v)
     routed = e * tokens * (K * 5 * (C + F) + 3 * cfg.n_shared_experts * F)
-    moe, dense, experts, head = whole_layers(cfg, ep)
+    moe, dense, experts, head = whole_layers(cfg, world, ep)
     n_dense, many, bf16 = cfg.first_k_dense_replace, 4 * (world > 1), 2 * (run.dtype != "fp32")
     # what a block with experts and a dense one take in their backward passes, bf16 copies of the weights too
     block = [attention + routed + bf16 * moe,
              attention + e * tokens * 6 * cfg.intermediate_size + bf16 * dense]
-    kept, anew = ([stream, stream], block) if run.recompute else (block, [0, 0])
+    # without recomputation about four fifths of that stay from the forward pass on, as dry runs show
+    kept = [stream, stream] if run.recompute else [0.8 * size for size in block]
+    anew = block if run.recompute else [0.2 * size for size in block]
     # Four moments compete: the backward passes of lm_head, of the last block with experts, of the last dense
     # one, of the embedding. Gathered are a block's weights and the next one's, and some of its gradients.
     first, all_kept = dense if n_dense else 0, n_moe * kept[0] + n_dense * kept[1]
@@ -441,8 +446,7 @@ def gpu_memory(run, cfg, world, ep, length):
 def gpu_traffic(run, cfg, world, ep):
     """Bytes that a rank sends in a micro-batch: gathering weights, summing gradients, tokens to experts."""
     n, n_moe = count_parameters(cfg), cfg.num_hidden_layers - cfg.first_k_dense_replace
-    share = math.ceil(cfg.n_routed_experts / ep / (world // ep))  # each dp rank's, filled up to whole experts
-    experts = n.routed_experts / cfg.n_routed_experts * share * (world // ep - 1)
+    experts = experts_held(cfg, world, ep) * (world // ep - 1) * n.routed_experts / cfg.n_routed_experts
     others = (n.total - n.routed_experts) * (1 - 1 / world)  # among all ranks
     again = n.embedding * (1 - 1 / world)  # lm_head stays for the backward pass
     visits, e = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, 4 if run.dtype == "fp32" else 2
@@ -6576,11 +6580,12 @@ class Alike(Ranks):
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
         super().__init__(torch.device("cpu"), ep)
-        self.names = {dist.group.WORLD.group_name: f"all {world}"}
+        self.names = {}
         if self.many:
-            self.names |= {self.flat.get_group().group_name: f"all {world}"}
-            self.names |= {self.mesh[name].get_group().group_name: f"{name} {self.mesh[name].size()}"
-                           for name in ("dp", "ep")}
+            self.names = {self.mesh[name].get_group().group_name: f"{name} {self.mesh[name].size()}"
+                          for name in ("dp", "ep")}
+            self.names[self.flat.get_group().group_name] = f"all {world}"
+        self.names[dist.group.WORLD.group_name] = f"all {world}"
 
     def sum(self, x):
         return super().sum(x) if isinstance(x, torch.Tensor) else x * self.size
