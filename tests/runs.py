@@ -19,11 +19,12 @@ CONTEXT.set_forkserver_preload(["warm"])
 # every stage, every phase of pretraining, 60 steps of it; checkpoints where the context changes, at 50 and 55
 SMALL = """--preset nano --threads 1 --device cpu --max_documents 8 --steps 45 --anneal_steps 5 --long_steps 5
 --yarn_steps 5 --yarn_factor 16 --eval_every 60 --save_every 5 --needles 2 --tools 200 --trajectories 40
---tool_tasks 3 --sft_steps 12 --rl_steps 5 --rl_pool 3 --rl_tasks 3 --rl_segment 8""".split()
+--tool_tasks 1 --sft_steps 12 --rl_steps 5 --rl_pool 3 --rl_tasks 3 --rl_segment 8""".split()
 
 
-def program(arguments, streams, largest_file):
+def program(arguments, streams, largest_file, environment):
     """The child: `train.py arguments`, its output and errors in files."""
+    os.environ.update(environment)
     for number, path in zip((1, 2), streams):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     if largest_file:
@@ -36,11 +37,11 @@ def program(arguments, streams, largest_file):
 class Run:
     """A run that was started, with what it said and returned."""
 
-    def __init__(self, *arguments, largest_file=None):
+    def __init__(self, *arguments, largest_file=None, **environment):
         self.folder = tempfile.TemporaryDirectory()
         self.streams = [Path(self.folder.name, name) for name in ("out", "err")]
         self.process = CONTEXT.Process(target=program,
-                                       args=([*map(str, arguments)], self.streams, largest_file))
+                                       args=([*map(str, arguments)], self.streams, largest_file, environment))
         self.process.start()
 
     def wait_until(self, moment):
@@ -75,9 +76,9 @@ class Run:
         return self.streams[1].read_text(encoding="utf-8")
 
 
-def run(*arguments, **limits):
+def run(*arguments, **more):
     """A run from its start to its end."""
-    return Run(*arguments, **limits).wait()
+    return Run(*arguments, **more).wait()
 
 
 def kill_when(moment, *arguments):
