@@ -22,9 +22,8 @@ SMALL = """--preset nano --threads 1 --device cpu --max_documents 8 --steps 45 -
 --tool_tasks 1 --sft_steps 12 --rl_steps 5 --rl_pool 3 --rl_tasks 3 --rl_segment 8""".split()
 
 
-def program(arguments, streams, largest_file, environment):
+def program(arguments, streams, largest_file):
     """The child: `train.py arguments`, its output and errors in files."""
-    os.environ.update(environment)
     for number, path in zip((1, 2), streams):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     if largest_file:
@@ -37,11 +36,11 @@ def program(arguments, streams, largest_file, environment):
 class Run:
     """A run that was started, with what it said and returned."""
 
-    def __init__(self, *arguments, largest_file=None, **environment):
+    def __init__(self, *arguments, largest_file=None):
         self.folder = tempfile.TemporaryDirectory()
         self.streams = [Path(self.folder.name, name) for name in ("out", "err")]
         self.process = CONTEXT.Process(target=program,
-                                       args=([*map(str, arguments)], self.streams, largest_file, environment))
+                                       args=([*map(str, arguments)], self.streams, largest_file))
         self.process.start()
 
     def wait_until(self, moment):

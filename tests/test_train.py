@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 import train
 from kimi_k2 import KimiConfig, KimiK2, MuonClip, Tokenizer, load_pretrained
 
+ROOT = Path(__file__).parents[1]
 ONE_PHASE = """pretrain --fast --threads 1 --tools 20 --needles 0 --drill_steps 0 --anneal_steps 0
 --long_steps 0 --yarn_steps 0 --data""".split()
 
@@ -440,9 +443,10 @@ def test_switches_train(text, tmp_path, flags):
 
 def losses_with_compile(text, out, **environment):
     """(losses of three steps, what was said), in a process of its own: it compiles, or tries."""
-    done = run(*ONE_PHASE, text, "--steps", 3, "--compile", "on", "--out", out / "on",
-               TORCHINDUCTOR_CACHE_DIR=str(out / "cache"), **environment)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *ONE_PHASE, str(text), "--steps", "3", "--compile", "on",
+         "--out", str(out / "on")], check=True, capture_output=True, text=True,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(out / "cache"), **environment})
     return losses_of(out / "on"), done.stdout
 
 
