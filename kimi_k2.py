@@ -262,6 +262,8 @@ PRESETS = {
                       rope_theta=1e4),
     "tiny":   _preset(4096,  128,  4,  4, (64, 32),    (32, 16, 32),  (16, 2, 1),  (64, 192),    256,
                       rope_theta=150.0),
+    "mini":   _preset(8192,  384,  8,  8, (192, 64),   (32, 16, 32),  (32, 4, 1),  (128, 640),   512,
+                      rope_theta=600.0),
     "small":  _preset(32768, 768, 12, 12, (384, 128),  (64, 32, 64),  (64, 8, 1),  (256, 2304),  2048),
     "medium": _preset(65536, 2048, 24, 16, (512, 256), (128, 64, 128), (128, 8, 1), (768, 6912),  4096),
     "moonlight": _preset(163840, 2048, 27, 16, (None, 512), (128, 64, 128), (64, 6, 2), (1408, 11264), 8192,
@@ -1231,14 +1233,14 @@ class KimiK2(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self, normal=torch.Tensor.normal_):
         """Embedding, every matrix: N(0, initializer_range). Norm gains: 1. Router biases: 0."""
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
             else:
                 for weight in module.parameters(recurse=False):
-                    weight.normal_(0.0, self.cfg.initializer_range)
+                    normal(weight, 0.0, self.cfg.initializer_range)
             if isinstance(module, Router):
                 module.e_score_correction_bias.zero_()
         self.init_buffers()
@@ -1565,8 +1567,10 @@ class MuonClip(torch.optim.Optimizer):
     Nesterov's look-ahead is ML's practice (K2: UNCONFIRMED). `bias_update_rate` is V3's u (K2:
     UNCONFIRMED). Newton-Schulz runs in `ns_dtype`, by default bf16 on CUDA and fp32 elsewhere.
     step() updates, clips, moves the router biases, then clears the model's records; `max_logits`
-    (L, H) keeps the step's S_max as it was before the clip.
+    (L, H) keeps the step's S_max as it was before the clip, `expert_load` (L_moe, E) its loads.
     """
+
+    portion = 2**27  # elements that are orthogonalised at one time, where a parameter has no more
 
     def __init__(self, model, lr=2e-4, weight_decay=0.1, momentum=0.95, tau=100.0, kind="muonclip", *,
                  betas=(0.9, 0.95), eps=1e-8, nesterov=True, ns_steps=5, ns_dtype=None,
@@ -1578,7 +1582,7 @@ class MuonClip(torch.optim.Optimizer):
                 f"impossible settings: lr {lr}, weight_decay {weight_decay}, momentum {momentum}, tau {tau}"
             )
         by_muon, by_adamw = [], []
-        for name, p in model.named_parameters():
+        for name, p in self.named_parameters(model):
             if bool(ADAMW_PARAMETERS.fullmatch(name)) == bool(MUON_PARAMETERS.fullmatch(name)):
                 raise ValueError(f"no rule says whether Muon or AdamW updates {name} {tuple(p.shape)}")
             muon = kind != "adamw" and MUON_PARAMETERS.fullmatch(name)
@@ -1594,6 +1598,14 @@ class MuonClip(torch.optim.Optimizer):
         self.model, self.tau, self.clip = model, tau, kind == "muonclip"
         self.ns_dtype, self.bias_update_rate = ns_dtype, bias_update_rate
         self.max_logits = torch.full_like(model.max_logits, -math.inf)
+        self.expert_load = torch.zeros_like(model.expert_load)
+
+    def named_parameters(self, model):
+        return model.named_parameters()
+
+    def parameter_of(self, p):
+        """The model's parameter of which p holds some rows, or is all."""
+        return p
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1617,15 +1629,35 @@ class MuonClip(torch.optim.Optimizer):
         return loss
 
     def _muon(self, params, group):
-        lr, mu = group["lr"], group["momentum"]
+        mu = group["momentum"]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - mu)
-        updates = torch._foreach_lerp(grads, buffers, mu) if group["nesterov"] else buffers
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        same_shape = {}
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        self._add_updates(params, group)
+
+    def _updates(self, params, group):
+        """What becomes orthogonal: the momentum, or how it will be after one more such gradient."""
+        grads, buffers = zip(*((p.grad, self.state[p]["momentum_buffer"]) for p in params))
+        return torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+
+    def _add_updates(self, params, group):
+        """Portion by portion, or the temporary copies would take as much memory as the parameters."""
+        portions, size = [], math.inf
+        for p in sorted(params, key=lambda p: p.shape[-2:]):
+            size += p.numel()
+            if size > self.portion:
+                portions.append([])
+                size = p.numel()
+            portions[-1].append(p)
+        for some in portions:
+            self._add_orthogonal(some, self._updates(some, group), group)
+
+    def _add_orthogonal(self, params, updates, group):
+        """W -= lr 0.2 sqrt(max(n, m)) NewtonSchulz(update), for lists of both."""
+        lr, same_shape = group["lr"], {}
         for p, update in zip(params, updates):
             same_shape.setdefault(p.shape[-2:], []).append((p, update))
         dtype = self.ns_dtype or (torch.bfloat16 if params[0].is_cuda else torch.float32)
@@ -1657,7 +1689,7 @@ class MuonClip(torch.optim.Optimizer):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.model.max_logits, dist.ReduceOp.MAX)
             dist.all_reduce(self.model.expert_load, dist.ReduceOp.SUM)
-        self.max_logits = self.model.max_logits.clone()
+        self.max_logits, self.expert_load = self.model.max_logits.clone(), self.model.expert_load.clone()
 
     def _qk_clip(self):
         too_large = (self.max_logits > self.tau) & self.max_logits.isfinite()
@@ -1666,13 +1698,15 @@ class MuonClip(torch.optim.Optimizer):
             return
         for layer, gamma_H in zip(self.model.model.layers, gamma):
             if bool((gamma_H < 1).any()):
-                attention = layer.self_attn
-                q = attention.q_b_proj if hasattr(attention, "q_b_proj") else attention.q_proj
-                q_H = q.weight.view(attention.H, -1, q.in_features)  # (H, nope + rope, in)
-                kv_H = attention.kv_b_proj.weight.view(attention.H, -1, attention.R)  # (H, nope + v, R)
-                q_H[:, : attention.nope] *= gamma_H.sqrt()[:, None, None]
-                q_H[:, attention.nope :] *= gamma_H[:, None, None]
-                kv_H[:, : attention.nope] *= gamma_H.sqrt()[:, None, None]
+                m, root = layer.self_attn, gamma_H.sqrt()[:, None]
+                q = m.q_b_proj if hasattr(m, "q_b_proj") else m.q_proj
+                q_rows = torch.cat((root.expand(-1, m.nope), gamma_H[:, None].expand(-1, m.rope)), dim=1)
+                kv_rows = torch.cat((root.expand(-1, m.nope), torch.ones_like(root).expand(-1, m.v)), dim=1)
+                self._scale_rows(q.weight, q_rows.flatten())  # (H * (nope + rope),)
+                self._scale_rows(m.kv_b_proj.weight, kv_rows.flatten())  # (H * (nope + v),)
+
+    def _scale_rows(self, weight, factors):
+        weight *= factors[:, None]
 
     def _balance(self):
         """V3 2.1.2: b_i += u * sign(mean load - load_i), layer by layer."""
@@ -1699,9 +1733,10 @@ def _hf_names(state):
             yield name, name, None
 
 
-def save_pretrained(model, tok, folder, max_shard_bytes=5 * 10**9):
+def save_pretrained(model, tok, folder, max_shard_bytes=5 * 10**9, state=None):
     """Write model and tokenizer (or None) to `folder`. It appears complete or not at all: an older
-    one there is replaced only once the new one is on disk."""
+    one there is replaced only once the new one is on disk. `state` stands in for the model's state dict;
+    DTensors in it are gathered one at a time, in its order."""
     if tok is not None and tok.n_vocab != model.cfg.vocab_size:
         raise ValueError(
             f"the tokenizer has {tok.n_vocab} ids, the model's vocab_size is {model.cfg.vocab_size}"
@@ -1716,7 +1751,7 @@ def save_pretrained(model, tok, folder, max_shard_bytes=5 * 10**9):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        _write_weights(model.state_dict(), new, max_shard_bytes)
+        _write_weights(state or model.state_dict(), new, max_shard_bytes)
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
         config = {**model.cfg.to_json(), "torch_dtype": dtype}
         _write_json(new / "config.json", config)
@@ -1750,17 +1785,17 @@ def _write_weights(state, folder, max_shard_bytes):
     shards, size = [[]], 0
     for entry in _hf_names(state):
         _, name, e = entry
-        n_bytes = (state[name] if e is None else state[name][e]).nbytes
+        n_bytes = state[name].nbytes // (1 if e is None else len(state[name]))
         if size + n_bytes > max_shard_bytes and shards[-1]:
             shards.append([])
             size = 0
         shards[-1].append(entry)
         size += n_bytes
-    where, total = {}, 0
+    where, total, whole = {}, 0, functools.lru_cache(1)(lambda name: whole_of(state[name]))
     for number, entries in enumerate(shards, 1):
         one = len(shards) == 1
         file = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {hf: (state[n] if e is None else state[n][e]).cpu().contiguous() for hf, n, e in entries}
+        tensors = {hf: (whole(n) if e is None else whole(n)[e]).cpu().contiguous() for hf, n, e in entries}
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, above all
@@ -1772,9 +1807,15 @@ def _write_weights(state, folder, max_shard_bytes):
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def load_pretrained(folder, device="cpu", dtype=None):
+def whole_of(tensor):
+    """A tensor, or all of the one of which this process has a shard: then every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def load_pretrained(folder, device="cpu", dtype=None, shard=None):
     """(model, tokenizer) from a folder in Hugging Face's layout; the tokenizer is None without a rank
     file. Weights stream into place, so no second copy is held; `dtype` None keeps the files' own.
+    `shard(model)` may leave this process only some rows of some tensors, and returns {name: first row}.
     A missing, unknown or damaged tensor raises ValueError; nothing is ever unpickled."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -1783,6 +1824,7 @@ def load_pretrained(folder, device="cpu", dtype=None):
     with torch.device("meta"):
         model = KimiK2(cfg)
     files = _open_weights(folder)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     targets = {hf: (name, e) for hf, name, e in _hf_names(model.state_dict())}
     missing, unknown = sorted(targets.keys() - files.keys()), sorted(files.keys() - targets.keys())
     unknown = [name for name in unknown if not name.endswith((".weight_scale_inv", ".rotary_emb.inv_freq"))]
@@ -1792,18 +1834,25 @@ def load_pretrained(folder, device="cpu", dtype=None):
             f"{len(unknown)} unknown {unknown[:3]}"
         )
     dtype = dtype or _read_tensor(files, "model.embed_tokens.weight", folder).dtype
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to(dtype)
+    first_rows = shard(model) if shard else {}
+    model.to_empty(device=device)
     for name, buffer in list(model.named_buffers()):  # router biases and records stay fp32
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = buffer.float()
     model.init_buffers()
-    state = model.state_dict()
+    state = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in model.state_dict().items()}
     with torch.no_grad():
         for hf, (name, e) in targets.items():
-            target, tensor = state[name] if e is None else state[name][e], _read_tensor(files, hf, folder)
-            if tensor.shape != target.shape:
-                raise ValueError(f"{folder}: {hf} is {tuple(tensor.shape)}, not {tuple(target.shape)}")
-            target.copy_(tensor)
+            target, first, shape = state[name], first_rows.get(name, 0), shapes[name]
+            if e is not None:
+                if not first <= e < first + len(target):
+                    continue
+                target, first, shape = target[e - first], 0, shape[1:]
+            tensor = _read_tensor(files, hf, folder)
+            if tensor.shape != shape:
+                raise ValueError(f"{folder}: {hf} is {tuple(tensor.shape)}, not {tuple(shape)}")
+            target.copy_(tensor[first : first + len(target)])
     has_ranks = (folder / "tiktoken.model").exists()
     return model.eval(), Tokenizer.load(folder) if has_ranks else None
 

@@ -3,6 +3,7 @@
     python train.py                          everything at toy scale, no network, minutes on a laptop
     python train.py pretrain --preset small --data my_corpus/ --out runs/mine
     python train.py --resume --out runs/mine continue exactly where it stopped
+    torchrun --nproc-per-node 8 train.py ... --ep 4      the same on many GPUs, experts over 4 of them
     python train.py --preset k2 --plan       what the full run would cost; allocates nothing
 
     1 Run config and command line     every knob, the presets' defaults, the plan      R 2.4, 2.5
@@ -10,7 +11,7 @@
     3 Rephrasing                      one fact, many tellings, nothing lost or added   R 2.2
     4 Tools, simulator, tasks, judge  dialogs in which tools are used, and their filter R 3.1.1
     5 Rewards and rollouts            a gym, self-critique, the objective, the engine    R 3.2, 3.3
-    6 The loop                        schedule, step, log, checkpoint, resume          R 2.5
+    6 The loop                        many processes, schedule, step, log, checkpoint  R 2.4, 2.5
     7 Stages                          pretraining, long context, fine-tuning, RL       R 2.5, 3
     8 Evaluation and report           bits per byte, recall, needles, report.md
 
@@ -31,11 +32,13 @@ import http.client
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import platform
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +52,7 @@ import typing
 import urllib.error
 import urllib.request
 import warnings
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,16 +66,21 @@ except ImportError:
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from kimi_k2 import (
     DEFAULT_SYSTEM,
     ROLE_TOKEN,
     Decoder,
+    Experts,
     KimiConfig,
     KimiK2,
     LatentCache,
@@ -82,6 +91,7 @@ from kimi_k2 import (
     left_pad,
     load_pretrained,
     save_pretrained,
+    whole_of,
 )
 
 # ==================================================================================================
@@ -93,7 +103,7 @@ from kimi_k2 import (
 class RunConfig:
     """How to train. None means the preset's value (RUN_DEFAULTS). The comments are the --help."""
 
-    preset: str = "tiny"  # size of the model: nano, tiny, small, medium, moonlight, k2
+    preset: str = "tiny"  # size of the model: nano, tiny, mini, small, medium, moonlight, k2
     out: str = "runs/toy"  # folder of the run; an existing one is continued, never overwritten
     data: str | None = None  # own text: .txt, .md, .jsonl, a folder, or hf:NAME; none: the toy corpora
     max_documents: int | None = None  # use at most so many documents of each domain
@@ -177,13 +187,21 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # fp32 or bf16 (autocast); auto: bf16 on CUDA
     compile: str = "auto"  # torch.compile: auto, on or off; auto: on for CUDA
-    recompute: bool = False  # keep only each block's input, recompute the rest: less memory
+    recompute: bool | None = None  # keep only each block's input, recompute the rest; none: toys do not
     threads: int | None = None  # CPU threads; none: PyTorch's choice
-    gpus: int | None = None  # --plan: how many; none: as few as hold the training state
+    ep: int = 1  # under torchrun: ranks that share out a layer's experts; the others hold copies in shards
+    world: int | None = None  # --plan, --dry_run: how many GPUs; none: as few as hold a step, with their ep
     gpu_tflops: float = 989.0  # --plan: dense bf16 peak of one (H100, H800: 989)
     gpu_gib: float = 80.0  # --plan: memory of one
+    gpu_tbps: float = 3.35  # --plan: its bandwidth, terabytes a second
+    gpu_gbps: float = 50.0  # --plan: gigabytes a second that it sends to others (R 2.4: 8 x 400 Gb/s a node)
     gpu_watts: float = 1000.0  # --plan: power of one with its share of the node (our assumption)
-    gpu_hour: float = 2.0  # --plan: price of one for an hour in dollars (our assumption)
+    gpu_hour: float = 2.0  # --plan: price of renting one for an hour in dollars (our assumption)
+    gpu_price: float = 40_000.0  # --plan: price of buying one with its share of the node (our assumption)
+    gpu_years: float = 4.0  # --plan: years until it is written off (our assumption)
+    kwh_price: float = 0.1  # --plan: price of a kilowatt hour in dollars (our assumption)
+    serve_gpus: int | None = None  # --plan: GPUs of a serving unit; none: fewest nodes of 8 that hold it
+    serve_bytes: float = 1.0  # --plan: bytes of a served weight (published K2: fp8 in blocks)
     mfu: float = 0.4  # --plan: share of the peak that is reached (our assumption)
 
 
@@ -197,8 +215,13 @@ RUN_DEFAULTS = {
                  rl_steps=4, rl_lr=1e-3, rl_prompts=14, rl_samples=4, rl_budget=24, rl_segment=12, rl_pool=6),
     "tiny": dict(steps=1000, drill_steps=300, yarn_steps=60, batch_size=16, seq_len=128, lr=6e-3, warmup=20,
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
-                 trajectories=5000, sft_steps=600, sft_lr=2e-3, sft_len=256,
+                 trajectories=8000, sft_steps=800, sft_lr=2e-3, sft_len=256,
                  rl_steps=16, rl_lr=3e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
+                 rl_pool=300),
+    "mini": dict(steps=4000, batch_size=32, seq_len=512, lr=3e-3, warmup=100, tau=30.0,
+                 bias_update_rate=3e-3, eval_every=500, eval_tokens=2**16, save_every=500,
+                 trajectories=20_000, sft_steps=800, sft_lr=1e-3, sft_len=512,
+                 rl_steps=60, rl_lr=1e-4, rl_prompts=64, rl_samples=8, rl_budget=128, rl_segment=64,
                  rl_pool=300),
     "small": dict(steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200, tau=100.0,
                   bias_update_rate=1e-3, eval_every=500, eval_tokens=2**19, save_every=500,
@@ -207,26 +230,27 @@ RUN_DEFAULTS = {
                   rl_pool=500),
     "medium": dict(steps=60_000, batch_size=1024, micro_batch=4, seq_len=4096, lr=5e-4, warmup=500, tau=100.0,
                    bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**21, save_every=1000,
-                   trajectories=50_000, sft_steps=2000, sft_lr=1e-4, sft_len=4096,
+                   recompute=True, trajectories=50_000, sft_steps=2000, sft_lr=1e-4, sft_len=4096,
                    rl_steps=400, rl_lr=2e-5, rl_prompts=256, rl_samples=16, rl_budget=2048, rl_segment=512,
                    rl_pool=2000),
     "moonlight": dict(steps=85_000, long_steps=0, yarn_steps=0, batch_size=8192, micro_batch=1, seq_len=8192,
                       lr=4.2e-4, warmup=2000, tau=100.0, bias_update_rate=1e-3, eval_every=1000,
-                      eval_tokens=2**22, save_every=1000, trajectories=50_000,
+                      eval_tokens=2**22, save_every=1000, recompute=True, trajectories=50_000,
                       sft_steps=2000, sft_lr=2e-5, sft_len=8192,
                       rl_steps=400, rl_lr=1e-5, rl_prompts=256, rl_samples=16, rl_budget=2048,
                       rl_segment=512, rl_pool=2000),
     "k2": dict(steps=230_968, batch_size=16_384, micro_batch=1, seq_len=4096, lr=2e-4, warmup=500,
                tau=100.0, bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**24, save_every=1000,
-               trajectories=50_000, sft_steps=2000, sft_lr=2e-5, sft_len=32_768,
+               recompute=True, trajectories=50_000, sft_steps=2000, sft_lr=2e-5, sft_len=32_768,
                rl_steps=400, rl_lr=1e-5, rl_prompts=512, rl_samples=16, rl_budget=2048, rl_segment=512,
                rl_pool=5000),
 }
 
 FAST = dict(preset="nano", max_documents=40, steps=20, drill_steps=5, eval_every=20, save_every=20,
             needles=4, tools=300, trajectories=60, sft_steps=10, tool_tasks=8, rl_steps=2, rl_tasks=8)
-MACHINE_FIELDS = {"out", "device", "compile", "gpus", "gpu_tflops", "gpu_gib", "gpu_watts", "gpu_hour", "mfu",
-                  "endpoint_parallel", "endpoint_rpm", "endpoint_timeout", "endpoint_retries"}
+MACHINE_FIELDS = {"out", "device", "compile", "ep", "world", "gpu_tflops", "gpu_gib", "gpu_tbps", "gpu_gbps",
+                  "gpu_watts", "gpu_hour", "gpu_price", "gpu_years", "kwh_price", "serve_gpus", "serve_bytes",
+                  "mfu", "endpoint_parallel", "endpoint_rpm", "endpoint_timeout", "endpoint_retries"}
 STAGES = ("rephrase", "pretrain", "tools", "sft", "rl")
 
 
@@ -280,6 +304,8 @@ def build_parser():
         "--fast", action="store_true", help="the nano model and a few steps: a first look in seconds"
     )
     parser.add_argument("--plan", action="store_true", help="print what the run costs and leave")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="a step of one of --world ranks without memory: shapes, collectives, bytes")
     for cls, title in ((RunConfig, "the run"), (KimiConfig, "the model: any field overrides the preset")):
         group, comments = parser.add_argument_group(title), comments_of(cls)
         for field in dataclasses.fields(cls):
@@ -301,7 +327,7 @@ def _flag_value(text, kind):
 def parse_command(argv):
     """(stage or None, flags of the command itself, run fields given, model fields given)."""
     given = vars(build_parser().parse_args(argv))
-    command = {key: given.pop(key) for key in ("stage", "resume", "fast", "plan")}
+    command = {key: given.pop(key) for key in ("stage", "resume", "fast", "plan", "dry_run")}
     run_names = {field.name for field in dataclasses.fields(RunConfig)}
     run = {key: value for key, value in given.items() if key in run_names}
     model = {key: value for key, value in given.items() if key not in run_names}
@@ -319,11 +345,11 @@ def configure(run_fields, model_fields):
         if getattr(run, name) is None:
             setattr(run, name, max(20, round(run.steps * share)))
     run.yarn_steps = run.long_steps if run.yarn_steps is None else run.yarn_steps
-    run.drill_steps = run.drill_steps or 0
+    run.drill_steps, run.recompute = run.drill_steps or 0, bool(run.recompute)
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "eval_every", "eval_tokens", "save_every",
                  "long_factor", "yarn_factor", "chunk_tokens", "endpoint_parallel", "tools", "trajectories",
                  "sft_steps", "sft_len", "tool_tasks", "rl_steps", "rl_prompts", "rl_updates", "rl_budget",
-                 "rl_pool", "rl_pass", "rl_row", "rl_tasks"):
+                 "rl_pool", "rl_pass", "rl_row", "rl_tasks", "ep"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
     for name in ("drill_steps", "anneal_steps", "long_steps", "yarn_steps", "rephrase_max", "needles",
@@ -366,49 +392,184 @@ def configure(run_fields, model_fields):
     return run, cfg
 
 
-def plan(run, cfg):
-    """What a run costs, as text: parameters, FLOPs, memory, GPUs, hours, energy, money. R 2.4.
+# --- the plan: closed forms, nothing is allocated (R 2.4) ---
+# Our layout (section 6): fp32 weights, gradients and optimizer in shares; of a layer only its ep'th of the
+# experts and the rest of it are gathered, when it is computed. The report's: bf16 weights and fp32 gradients
+# over 16 pipeline stages x 16-way expert parallelism, the optimizer over the replicas of these 256 GPUs.
 
-    Closed forms only. Activations are those of one micro-batch with every block recomputed.
-    """
-    steps = run.steps + run.anneal_steps + run.long_steps + run.yarn_steps
-    n, tokens = count_parameters(cfg), steps * run.batch_size * run.seq_len
-    flops, GiB = n.train_flops(run.seq_len), 2**30
-    ours, report = n.training_bytes(), n.training_bytes(weight=2, gradient=4)
-    state = sum(ours.values())
-    here = run.micro_batch * run.seq_len
-    widest = cfg.num_attention_heads * (2 * cfg.qk_nope_head_dim + 2 * cfg.qk_rope_head_dim + cfg.v_head_dim)
-    widest += 3 * (cfg.num_experts_per_tok + cfg.n_shared_experts) * cfg.moe_intermediate_size
-    activations = (
-        2 * here * (cfg.num_hidden_layers * cfg.hidden_size + 2 * widest) + 8 * here * cfg.vocab_size
-    )
-    room = 0.9 * run.gpu_gib * GiB - activations
-    gpus = run.gpus or max(1, math.ceil(state / max(room, GiB)))
-    hours = tokens * flops / (gpus * run.mfu * run.gpu_tflops * 1e12) / 3600
-    rows = [("parameters", f"{n.total:,} in all, {n.active:,} active")]
-    rows += [(f"  {part}", f"{getattr(n, part):,}") for part in
-             ("embedding", "attention", "dense", "routed_experts", "shared_experts", "router", "norms")]
-    rows += [
-        ("tokens", f"{tokens / 1e9:,.3f} B in {steps:,} steps of {run.batch_size * run.seq_len:,}"),
-        ("FLOPs a token", f"{flops:.4g} training, "
-                          f"{n.decode_flops(run.seq_len):.4g} decoding at {run.seq_len:,}"),
-        ("FLOPs of the run", f"{tokens * flops:.4g}"),
-        ("cache", f"{n.cache_bytes_per_token():,} B a token in bf16, "
-                  f"{n.cache_bytes_per_token() * cfg.max_position_embeddings / GiB:.2f} GiB at "
-                  f"{cfg.max_position_embeddings:,} tokens"),
-        ("training state here", f"{state / GiB:,.2f} GiB: fp32 weights {ours['weights'] / GiB:,.2f}, "
-                                f"gradients {ours['gradients'] / GiB:,.2f}, "
-                                f"optimizer {ours['optimizer'] / GiB:,.2f}"),
-        ("the report's states", f"{(report['weights'] + report['gradients']) / 1e12:,.3f} TB of bf16 weights "
-                                "and fp32 gradients (R 2.4: about 6 TB for K2 over 256 GPUs)"),
-        ("GPUs", f"{gpus:,} of {run.gpu_gib:g} GiB"),
-        ("memory of one", f"{state / gpus / GiB:.2f} GiB state + {activations / GiB:.2f} GiB activations"),
-        ("time", f"{hours:,.2f} h at {run.mfu:.0%} of {run.gpu_tflops:g} TFLOP/s, "
-                 f"{gpus * hours:,.2f} GPU hours"),
-        ("energy", f"{gpus * hours * run.gpu_watts / 1e6:,.4g} MWh at {run.gpu_watts:g} W a GPU"),
-        ("cost", f"${gpus * hours * run.gpu_hour:,.2f} at ${run.gpu_hour:g} a GPU hour"),
-    ]
-    return "\n".join(f"{name:22s} {text}" for name, text in rows)
+
+def whole_layers(cfg, ep):
+    """Elements that a rank gathers: of a layer with experts, of a dense layer; its experts alone; lm_head."""
+    n, C = count_parameters(cfg), cfg.hidden_size
+    n_moe = max(1, cfg.num_hidden_layers - cfg.first_k_dense_replace)
+    every = (n.attention + n.norms) / cfg.num_hidden_layers
+    experts = n.routed_experts / ep / n_moe
+    moe = every + experts + (n.shared_experts + n.router) / n_moe
+    return moe, every + 3 * C * cfg.intermediate_size, experts, n.embedding
+
+
+def gpu_memory(run, cfg, world, ep, length):
+    """Bytes by part that the fullest of `world` ranks needs for a step, its rows `length` tokens long."""
+    n, C, K, H = count_parameters(cfg), cfg.hidden_size, cfg.num_experts_per_tok, cfg.num_attention_heads
+    n_moe, F = cfg.num_hidden_layers - cfg.first_k_dense_replace, cfg.moe_intermediate_size
+    experts = math.ceil(math.ceil(cfg.n_routed_experts / ep) / (world // ep))  # of a layer; whole ones
+    held = n_moe * experts * 3 * C * F + (n.total - n.routed_experts) / world
+    states = {"weights": 4 * held, "gradients": 4 * held,
+              "optimizer": 4 * held + 4 * (2 * n.embedding + n.norms) / world}
+    tokens, e = max(1, run.micro_batch * run.seq_len // length) * length, 4 if run.dtype == "fp32" else 2
+    D, v = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim
+    stream = 4 * tokens * C  # what a block reads
+    attention = 5 * stream + e * tokens * H * (4 * D + 3 * v)
+    routed = e * tokens * (K * 5 * (C + F) + 3 * cfg.n_shared_experts * F)
+    moe, dense, experts, head = whole_layers(cfg, ep)
+    n_dense, many, bf16 = cfg.first_k_dense_replace, 4 * (world > 1), 2 * (run.dtype != "fp32")
+    # what a block with experts and a dense one take in their backward passes, bf16 copies of the weights too
+    block = [attention + routed + bf16 * moe,
+             attention + e * tokens * 6 * cfg.intermediate_size + bf16 * dense]
+    kept, anew = ([stream, stream], block) if run.recompute else (block, [0, 0])
+    # Four moments compete: the backward passes of lm_head, of the last block with experts, of the last dense
+    # one, of the embedding. Gathered are a block's weights and the next one's, and some of its gradients.
+    first, all_kept = dense if n_dense else 0, n_moe * kept[0] + n_dense * kept[1]
+    moments = [(many * head, all_kept + 8 * head), (many * (4 * head + first), stream)]
+    if n_moe:
+        moments.append((many * (2 * head + 2 * moe + max(moe, first) - experts), all_kept + anew[0]))
+    if n_dense:
+        moments.append((many * (2 * head + 3 * dense), n_dense * kept[1] + anew[1]))
+    return {**states, **dict(zip(("gathered", "activations"), max(moments, key=sum)))}
+
+
+def gpu_traffic(run, cfg, world, ep):
+    """Bytes that a rank sends in a micro-batch: gathering weights, summing gradients, tokens to experts."""
+    n, n_moe = count_parameters(cfg), cfg.num_hidden_layers - cfg.first_k_dense_replace
+    share = math.ceil(cfg.n_routed_experts / ep / (world // ep))  # each dp rank's, filled up to whole experts
+    experts = n.routed_experts / cfg.n_routed_experts * share * (world // ep - 1)
+    others = (n.total - n.routed_experts) * (1 - 1 / world)  # among all ranks
+    again = n.embedding * (1 - 1 / world)  # lm_head stays for the backward pass
+    visits, e = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, 4 if run.dtype == "fp32" else 2
+    passes = 6 if run.recompute else 4  # there and back; forward, again, backward
+    return {"weights": 4 * (2 * (experts + others) - again), "gradients": 4 * (experts + others),
+            "tokens": passes * n_moe * e * visits * (cfg.hidden_size + 1) * (1 - 1 / ep)}
+
+
+def smallest_world(run, cfg):
+    """(GPUs, ep) of the fewest GPUs that hold a step of pretraining in nine tenths of their memory; of
+    their ep the one with the least traffic."""
+    E = cfg.n_routed_experts
+    for world in (1, 2, 4, *range(8, 4097, 8)):
+        fit = [ep for ep in range(1, min(E, world) + 1) if E % ep == world % ep == 0
+               if sum(gpu_memory(run, cfg, world, ep, run.seq_len).values()) < 0.9 * run.gpu_gib * 2**30]
+        if fit:
+            return world, min(fit, key=lambda ep: sum(gpu_traffic(run, cfg, world, ep).values()))
+    raise UserError(f"no number of GPUs with {run.gpu_gib:g} GiB holds a step; --recompute true needs less")
+
+
+def line(name, *cells):
+    return f"{name:24s}" + "".join(f"{cell:>16s}" for cell in cells)
+
+
+def plan(run, cfg):
+    """What a run and then serving its model cost, line by line."""
+    if run.world and run.world % run.ep:
+        raise ValueError(f"ep {run.ep} must divide world {run.world}")
+    world, ep = (run.world, run.ep) if run.world else smallest_world(run, cfg)
+    yield from (*plan_model(cfg), "", *plan_run(run, cfg, world), "", *plan_memory(run, cfg, world, ep), "",
+                *plan_serving(run, cfg))
+
+
+def plan_model(cfg):
+    n = count_parameters(cfg)
+    yield line("parameters", f"{n.total:,} in all, {n.active:,} active")
+    for part in ("embedding", "attention", "dense", "routed_experts", "shared_experts", "router", "norms"):
+        yield line("  " + part, f"{getattr(n, part):,}", "+ lm_head alike" if part == "embedding" else "")
+    yield line("cache", f"{n.cache_bytes_per_token():,} B a token in bf16")
+
+
+def plan_run(run, cfg, world):
+    n, total, flops = count_parameters(cfg), 0, 0
+    yield line("phase", "length", "steps", "tokens", "FLOPs a token", "hours")
+    speed = world * run.mfu * run.gpu_tflops * 1e12
+    for phase in phases(run, cfg, types.SimpleNamespace(weights={}, anneal_weights={})):
+        tokens, each = (phase.end - phase.start) * phase.rows * phase.seq_len, n.train_flops(phase.seq_len)
+        total, flops = total + tokens, flops + tokens * each
+        yield line("  " + phase.name, f"{phase.seq_len:,}", f"{phase.end - phase.start:,}",
+                      f"{tokens / 1e9:,.3f} B", f"{each:.4g}", f"{tokens * each / speed / 3600:,.2f}")
+    hours = flops / speed / 3600
+    yield line("tokens", f"{total / 1e9:,.3f} B, {run.batch_size * run.seq_len:,} a step")
+    yield line("FLOPs of the run", f"{flops:.4g}")
+    yield line("time", f"{hours:,.2f} h on {world:,} GPUs at {run.mfu:.0%} of {run.gpu_tflops:g} TFLOP/s, "
+                          f"{world * hours:,.2f} GPU hours")
+    yield line("energy", f"{world * hours * run.gpu_watts / 1e6:,.4g} MWh at {run.gpu_watts:g} W a GPU")
+    yield line("cost", f"${world * hours * run.gpu_hour:,.2f} at ${run.gpu_hour:g} a GPU hour")
+
+
+def plan_memory(run, cfg, world, ep):
+    """Ours for rows of the lengths that are trained and reached; on many GPUs the report's beside it."""
+    n, GiB = count_parameters(cfg), 2**30
+    course = phases(run, cfg, types.SimpleNamespace(weights={}, anneal_weights={}))
+    lengths = sorted({*(phase.seq_len for phase in course), course[-1].context[0]})
+    ours = [gpu_memory(run, cfg, world, ep, length) for length in lengths]
+    report = n.training_bytes(weight=2 / 256, gradient=4 / 256, state=4 / 256)
+    replicas = max(1, world // 256)  # fp32 weights are the optimizer's there
+    report["optimizer"] = (report["optimizer"] + report["gradients"]) / replicas
+    total = [sum(parts.values()) / GiB for parts in (*ours, report)]
+    table = [("GiB of the fullest GPU", *(f"{length:,} tokens" for length in lengths), "report's layout")]
+    table += [("  " + part, *(f"{parts[part] / GiB:,.2f}" if part in parts else ""
+                              for parts in (*ours, report))) for part in ours[0]]
+    table += [("  all", *(f"{size:,.2f}" for size in total)),
+              (f"  90 % of {run.gpu_gib:g}", *("fits" if size < 0.9 * run.gpu_gib else "does not fit"
+                                               for size in total))]
+    for row in table:
+        yield line(*row if world > 1 else row[: 1 + len(lengths)])
+    yield line("ours", f"{world:,} GPUs, ep {ep}, dp {world // ep}; fp32 states in shares; "
+                       f"{'blocks recomputed' if run.recompute else 'nothing recomputed'}, no offload")
+    if world == 1:
+        return
+    yield line("report's", f"16 stages x ep 16; {6 * n.total / 1e12:,.3f} TB of bf16 weights and fp32 "
+                           "gradients over 256 GPUs (R 2.4: about 6)")
+    yield line("", f"its optimizer over {replicas} replica(s), over many all states are about 30 GB a GPU; "
+                   "activations go to the CPU")
+    sent, tokens = sum(gpu_traffic(run, cfg, world, ep).values()), run.micro_batch * run.seq_len
+    there, here = sent / run.gpu_gbps / 1e9, tokens * n.train_flops(run.seq_len) / run.gpu_tflops / 1e12
+    yield line("traffic", f"{sent / 1e9:,.2f} GB that a GPU sends in a micro-batch of {tokens:,} tokens: "
+                          f"{there:,.2f} s at {run.gpu_gbps:g} GB/s;")
+    verdict = "traffic hides in it" if there * run.mfu < here else f"at most {here / there:.0%} are reached"
+    yield line("", f"its arithmetic takes {here / run.mfu:,.2f} s at {run.mfu:.0%}; {verdict}")
+
+
+def plan_serving(run, cfg):
+    """One unit of GPUs: experts spread over all, the rest of the model on each, each user's cache on one."""
+    n, GiB = count_parameters(cfg), 2**30
+    rest = run.serve_bytes * (n.total - n.routed_experts)
+    experts, room = run.serve_bytes * n.routed_experts, 0.9 * run.gpu_gib * GiB
+    left = room - rest - n.cache_bytes_per_token() * cfg.max_position_embeddings
+    if not run.serve_gpus and left <= 0:
+        raise UserError(f"serving: what each GPU holds and a user's cache exceed 90 % of {run.gpu_gib:g} GiB")
+    gpus = run.serve_gpus or 8 * math.ceil(experts / left / 8)
+    weights = rest + experts / gpus
+    yield line("serving", f"{gpus} GPUs, {run.serve_bytes:g} B a weight: {weights / GiB:,.2f} GiB of "
+                          f"{run.gpu_gib:g} on each; a user's cache is on one")
+    yield line("  context", "GiB a user", "users", "tokens/s a user", "tokens/s, all", "$ rented a M")
+    for length in sorted({min(4096, cfg.max_position_embeddings), min(32_768, cfg.max_position_embeddings),
+                          cfg.max_position_embeddings}):
+        cache = n.cache_bytes_per_token() * length
+        users = int(max(0, room - weights) // cache)  # on each GPU
+        if users:
+            seconds = max((weights + users * cache) / run.gpu_tbps / 1e12,
+                          users * n.decode_flops(length) / run.gpu_tflops / 1e12)
+            all_of_them = users * gpus / seconds
+            yield line(f"  {length:,}", f"{cache / GiB:,.3f}", f"{users * gpus:,}", f"{1 / seconds:,.1f}",
+                          f"{all_of_them:,.0f}", f"{gpus * run.gpu_hour / all_of_them / 3600 * 1e6:,.3f}")
+        else:
+            yield line(f"  {length:,}", f"{cache / GiB:,.3f}", "no room")
+    yield line("", f"at most: what memory at {run.gpu_tbps:g} TB/s and {run.gpu_tflops:g} TFLOP/s allow")
+    power, rent = gpus * run.gpu_watts / 1000 * run.kwh_price, gpus * run.gpu_hour
+    own = gpus * run.gpu_price / (run.gpu_years * 8760)
+    yield line("owning", f"${own + power:,.2f} an hour: ${gpus * run.gpu_price:,.0f} over {run.gpu_years:g} "
+                         f"years, power at ${run.kwh_price:g} a kWh")
+    share = own / (rent - power) if rent > power else math.inf
+    yield line("renting", f"${rent:,.2f} an hour; " + (
+        f"dearer than owning when needed for more than {share:.0%} of the hours" if share <= 1 else
+        "never dearer than owning"))
 
 
 # ==================================================================================================
@@ -1284,17 +1445,20 @@ class TokenFiles:
             raise UserError("domain_weights: at least one must be positive")
         return {domain: weights.get(domain, 0.0) for domain in train}
 
-    def batch(self, seed, step, rows, seq_len, device="cpu", weights=None):
+    def batch(self, seed, step, rows, seq_len, device="cpu", weights=None, mine=None):
         """Tokens and targets (rows, seq_len) of one step, a function of seed and step alone, so that a
-        resumed run sees the same ones. Short domains are read round and round."""
+        resumed run sees the same ones; of these only the rows with numbers in `mine`, where it is given.
+        Short domains are read round and round."""
         rng, weights = np.random.default_rng((seed, step)), weights or self.weights
         p = np.array(list(weights.values()))
-        windows = []
-        for domain in rng.choice(list(weights), rows, p=p / p.sum()):
+        ids, targets = windows = np.zeros((2, len(range(rows) if mine is None else mine), seq_len + 1), int)
+        row = 0
+        for number, domain in enumerate(rng.choice(list(weights), rows, p=p / p.sum())):
             start = rng.integers(max(1, len(self.ids[domain, "train"]) - seq_len))
-            windows.append([np.resize(part, seq_len + 1)
-                            for part in self.window((domain, "train"), start, start + seq_len + 1)])
-        ids, targets = np.stack(windows, axis=1)  # (rows, seq_len + 1) each
+            if mine is None or number in mine:
+                for k, part in enumerate(self.window((domain, "train"), start, start + seq_len + 1)):
+                    windows[k, row] = np.resize(part, seq_len + 1)
+                row += 1
         return tuple(torch.from_numpy(part).to(device, non_blocking=True)
                      for part in (ids[:, :-1], targets[:, 1:]))
 
@@ -2747,7 +2911,8 @@ def column_total(state, table, column):
 
 
 ROOMS = {"Ash": 4, "Birch": 8, "Cedar": 20, "Elm": 60}  # seats
-ROOM, SLOT = f"{'|'.join(ROOMS)}: the room", "morning|afternoon|evening: the part of the day"
+SLOTS = ("morning", "afternoon", "evening")
+ROOM, SLOT = f"{'|'.join(ROOMS)}: the room", f"{'|'.join(SLOTS)}: the part of the day"
 
 
 def booking_of(room, date, slot):
@@ -3192,7 +3357,7 @@ OPERATIONS = {
         "Done.", ("Rename {o} {name} to {new}.", "Call {o} {name} {new} from now on.")),
     "copy": Operation("object", "Copy a {o}.", {"name": "string", "new": "string"},
         lambda items, at, name, new: copy_item(items, at.object, name, new, keep=True),
-        "Done.", ("Copy {o} {name} as {new}.", "Make a copy {new} of {o} {name}.")),
+        "Done.", ("Copy {o} {name} as {new}.", "Make a copy of {o} {name} named {new}.")),
 }
 
 
@@ -3267,12 +3432,11 @@ def evolved_tool(name):
 
 # Copying is what a toy learns last. It is learned first where the source is one token, told by its kind and
 # unlike its copy: " Fox" in a request is another token than the "Fox" of a call. Where both are the same,
-# copies made earlier drown the source: so users say numbers in words.
+# copies made earlier drown the source: so users say numbers in words. Every word and number has to be met
+# often enough: so they are few, and numbers are tens, whose sums are tens.
 LABELS = ("Fox Owl Elk Bear Wolf Hare Lynx Mole Crow Swan Toad Seal "
           "Gull Wren Oak Fir Yew Fig Iris Rose Lily Moss Fern Reed").split()
-NUMBERS = dict(zip((*range(10, 20), *range(20, 100, 10)), (
-    "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
-    "twenty thirty forty fifty sixty seventy eighty ninety").split()))
+NUMBERS = dict(zip(range(10, 100, 10), "ten twenty thirty forty fifty sixty seventy eighty ninety".split()))
 DAYS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 MONTHS = ("January February March April May June July August September October November "
           "December").split()
@@ -3498,7 +3662,7 @@ WISHES = {  # what users want of the real tools: requests, arguments drawn for (
                       "I found {0[bookings]}."),
     "book_room": (("Book room {room} on {date}, {slot}, for {name}.",), lambda rng, _: {
         "room": rng.choice(list(ROOMS)), "date": a_date(rng), "name": rng.choice(PEOPLE),
-        "slot": rng.choice(("morning", "afternoon", "evening"))}, "Done."),
+        "slot": rng.choice(SLOTS)}, "Done."),
 }
 
 
@@ -3692,6 +3856,13 @@ class Toolbox:
         self.keys = {split: [key for key, group in self.groups.items() if self.among(group, split)]
                      for split in set(self.split_of.values())}
 
+    def key(self, rng, split):
+        """What the tools of a task work on; one task in eight is for the real ones, which are few."""
+        keys = self.keys.get(split, [])
+        real = [key for key in keys if isinstance(key, str)]
+        evolved = [key for key in keys if key not in real]
+        return rng.choice(real if not evolved or (real and rng.random() < 1 / 8) else evolved)
+
     def among(self, tools, split):
         return [tool for tool in tools if self.split_of[tool.name] == split]
 
@@ -3705,8 +3876,7 @@ class Toolbox:
         least one of them of the split; others for the same things, or for any."""
         rng = random.Random(f"scene {seed}")
         for _ in range(1000 if self.keys.get(split) else 0):
-            group = self.pool(rng.choice(self.keys[split]), split)
-            others = self.pool(rng.choice(self.keys[split]), split)
+            group, others = (self.pool(self.key(rng, split), split) for _ in range(2))
             tables = tables_for(group + others, rng)
             first = {"none": "single", "missing": "single"}.get(kinds[0], kinds[0])
             task = KINDS[first](rng, group, tables)
@@ -3787,7 +3957,7 @@ class Episode:
             messages.append({"role": "user", "content": task.request})
             yield from turn(messages, gate)
             if task.then and len(gate.log) == log:  # nothing was done yet: the agent asked for the value
-                messages.append({"role": "user", "content": f"{task.then}."})
+                messages.append({"role": "user", "content": f"To {task.then}."})
                 yield from turn(messages, gate)
             self.spans[-1][3] = copy.deepcopy(gate.state.tables)
 
@@ -4157,7 +4327,7 @@ def readable(messages):
     return lines
 
 
-TASK_MIX = ("single",) * 4 + ("multi",) * 3 + ("parallel", "parallel", "none", "missing", "failing")
+TASK_MIX = ("single",) * 5 + ("multi",) * 2 + ("parallel",) * 3 + ("none", "missing", "failing")
 
 
 def toolbox_of(run):
@@ -4272,14 +4442,14 @@ def page(domain, source, lines):
 
 
 def tool_documents(run, count=5_000):
-    """Pages of tasks with tools that training may see: requests, calls, what they return, answers. Each
-    request finds tables of its own, so that nothing can be answered from the lines before it."""
+    """Pages of tasks with tools that training may see: their names, then requests, calls, what they return,
+    answers. Each request finds tables of its own, so that nothing can be answered from the lines before."""
     toolbox, _ = toolbox_of(run)
     for number in range(min(count, run.max_documents or count)):
         rng = random.Random(f"page {run.seed} {number}")
-        pool = toolbox.pool(rng.choice(toolbox.keys["seen"]), "seen")
-        lines = [(rng.choice(AGENTS).format(area_of(pool[0])), False)]
-        for kind in rng.choices(("single", "multi", "parallel", "none"), (7, 5, 1, 1), k=4):
+        pool = toolbox.pool(toolbox.key(rng, "seen"), "seen")
+        lines, named = [], [rng.choice(pool).name]
+        for kind in rng.choices(("single", "multi", "parallel", "none"), (7, 3, 3, 1), k=4):
             tables, results = tables_for(pool, rng), []
             task = KINDS[kind](rng, pool, tables)
             if not task or task.then:
@@ -4292,21 +4462,41 @@ def tool_documents(run, count=5_000):
                 lines += [(f"functions.{name}\n{given}", True) for name, given in calls]
                 lines += [(text, False) for text in returned]
                 results += map(json.loads, returned)
+                named += [name for name, _ in calls]
             lines.append((filled(task.answer, results), True))
-        if len(lines) > 1:
-            yield page("tools", f"tools/{number}", lines)
+        if lines:
+            named = sorted(set(named), key=lambda _: rng.random())
+            yield page("tools", f"tools/{number}", [(" ".join(named), False), *lines])
 
 
 DRILLS = (  # read, written, read, written ...: all that is written was read before
     ("Put {a} to {said}.", '{{"name":"{a}","value":{n}}}', '{{"result":{n}}}', "It is now {n}."),
     ("Put {a} to {word}.", '{{"name":"{a}","value":"{word}"}}', '{{"result":"{word}"}}', "It is now {word}."),
-    ("Call {a} {b}.", '{{"name":"{a}","new":"{b}"}}'),
-    ("Find.", "{{}}", '{{"found":"{a}","result":{n}}}', "It is {a} with {n}."),
-    ("Find and put {said}.", "{{}}", '{{"found":"{a}","result":10}}', '{{"name":"{a}","value":{n}}}',
-     '{{"result":{n}}}', "It is now {n}."),
+    ("Add {said} to {a}.", '{{"name":"{a}","by":{n}}}', '{{"result":{m}}}', "It is now {m}."),
+    ("Call {a} {b}.", '{{"name":"{a}","new":"{b}"}}', '{{"named":"{b}"}}', "Done."),
+    ("Get {a}.", '{{"name":"{a}"}}', '{{"result":{m}}}', "It is {m}."),
+    ("Get {a}.", '{{"name":"{a}"}}', '{{"result":"{word}"}}', "It is {word}."),
+    ("Total.", "{{}}", '{{"total":{m}}}', "It is {m}."),
+    ("Highest.", "{{}}", '{{"found":"{a}","result":{n}}}', "It is {a} with {n}."),
+    ("Find {word}.", '{{"value":"{word}"}}', '{{"names":["{a}","{b}"]}}', "I found {a}, {b}."),
+    ("Find {said}.", '{{"value":{n}}}', '{{"names":["{a}"]}}', "I found {a}."),
     ("List.", "{{}}", '{{"names":["{a}","{b}","{c}"]}}', "I found {a}, {b}, {c}."),
+    ("List.", "{{}}", '{{"names":["{a}","{b}","{c}","{d}"]}}', "I found {a}, {b}, {c}, {d}."),
+    ("List.", "{{}}", '{{"names":["{a}","{b}","{c}","{d}","{e}"]}}', "I found {a}, {b}, {c}, {d}, {e}."),
+    ("Put {a} to the highest.", "{{}}", '{{"found":"{b}","result":{n}}}', '{{"name":"{a}","value":{n}}}',
+     '{{"result":{n}}}', "It is now {n}."),
+    ("Get the highest.", "{{}}", '{{"found":"{b}","result":{n}}}', '{{"name":"{b}"}}',
+     '{{"result":{m}}}', "It is {m}."),
+    ("Get {a}. Put {b} to {said}.", '{{"name":"{a}"}}\n{{"name":"{b}","value":{n}}}',
+     '{{"result":{m}}}\n{{"result":{n}}}', "It is {m}. It is now {n}."),
     ("I am {who}.", "{who}, hello."),
+    ("Put {who} under {a}.", '{{"key":"{a}","value":"{who}"}}'),
+    ("Add {said} and {more}.", '{{"a":{n},"b":{p}}}', '{{"result":{m}}}', "It is {m}."),
+    ("Give the {unit} of {said} {other}.", '{{"value":{n},"unit":"{other}","to":"{unit}"}}'),
+    ("Keep the {spoken}, {room}, {slot}.", '{{"date":"{date}","room":"{room}","slot":"{slot}"}}'),
     ("In {application}: {verb}, the {f} of {o}.", "functions.{application}_{verb}_{o}_{f}"),
+    ("In {application}: {verb} the {f} of a {o}.", "functions.{application}_{verb}_{o}_{f}"),
+    ("In {application}: {verb} {o}.", "functions.{application}_{verb}_{o}"),
 )
 
 
@@ -4314,18 +4504,22 @@ def drill_documents(run, count=4_000):
     """Pages of DRILLS: copying, which the use of tools is made of, and nothing else. The words of new
     domains are among those that names are made of, as a large corpus has all words; their tools are not."""
     words = sorted({word for words in FIELD_WORDS.values() for word in words.split(",")})
+    units = list(itertools.chain(*UNITS.values()))
     applications = " ".join(names for names, _ in DOMAINS.values()).split()
     objects = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
     fields = sorted({field for fields in objects.values() for field, _ in fields})
     for number in range(min(count, run.max_documents or count)):
         rng, lines = random.Random(f"drill {run.seed} {number}"), []
         for _ in range(5):
-            a, b, c = rng.sample(LABELS, 3)
-            slots = {"a": a, "b": b, "c": c, "n": new_number(rng), "word": rng.choice(words),
+            slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": new_number(rng), "p": new_number(rng),
+                     "m": sum(rng.choices(list(NUMBERS), k=rng.randrange(1, 4))), "word": rng.choice(words),
+                     "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
+                     **dict(zip(("unit", "other"), rng.sample(units, 2))),
                      "who": rng.choice(PEOPLE), "application": rng.choice(applications),
                      "verb": rng.choice(list(OPERATIONS)), "o": rng.choice(list(objects)),
                      "f": rng.choice(fields)}
-            slots["said"] = NUMBERS[slots["n"]]
+            said = spoken(slots)
+            slots |= {"said": said["n"], "more": said["p"], "spoken": said["date"].removeprefix("the ")}
             lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]
         yield page("drills", f"drills/{number}", lines)
 
@@ -4499,11 +4693,14 @@ class Dialogs:
             row[1].append(number)
         return rows
 
-    def batch(self, step, n_rows, device="cpu"):
-        """Tokens, targets (-100 where the assistant is silent) and numbers of documents, (n_rows, length)."""
-        shape = (n_rows, self.length)
+    def batch(self, step, n_rows, device="cpu", mine=None):
+        """Tokens, targets (-100 where the assistant is silent) and numbers of documents, (n_rows, length); of
+        the rows only those with numbers in `mine`, where it is given."""
+        rows = self.rows[step * n_rows : (step + 1) * n_rows]
+        rows = rows if mine is None else [rows[number] for number in mine]
+        shape = (len(rows), self.length)
         tokens, targets, document = np.zeros(shape, int), np.full(shape, -100), np.full(shape, -1)
-        for row, numbers in enumerate(self.rows[step * n_rows : (step + 1) * n_rows]):
+        for row, numbers in enumerate(rows):
             start = 0
             for place, number in enumerate(numbers):
                 ids, mask = map(np.array, self.dialogs[number])
@@ -4525,13 +4722,25 @@ def train_tokenizer(documents, vocab_size, wrapping=(), most_characters=20_000_0
 
 
 def wrapping(run):
-    """What comes in every dialog and should be few tokens: the words of the chat template and declarations of
-    tools. The texts that the tokenizer learns from have no dialogs."""
+    """What comes in every dialog and should be few tokens: the words of the chat template, declarations of
+    tools, and one by one the words that users, calls and answers share. The texts that the tokenizer learns
+    from have no dialogs; and a word of several tokens is copied much later than a word of one."""
     head = " ".join((*ROLE_TOKEN, "tool_declare", DEFAULT_SYSTEM))
     toolbox, _ = toolbox_of(run)
     tools = [tool for key in toolbox.keys["seen"] for tool in toolbox.pool(key, "seen")]
     for tool in tools[:: 10 if run.data else 1]:
         yield f"{head}\n{compact(tool.declaration())}\n## Return of functions.{tool.name}:0\n"
+    objects = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
+    fields = {field for fields in objects.values() for field, _ in fields}
+    values = " ".join(FIELD_WORDS.values()).replace(",", " ").split()
+    for words, forms in (
+        (" ".join(names for names, _ in DOMAINS.values()).split(), ' {0} a.{0} ":"{0}'),
+        ((*objects, *sorted(fields), *OPERATIONS), " {0} a_{0}"),
+        ((*values, *LABELS, *PEOPLE, *ROOMS, *SLOTS, *itertools.chain(*UNITS.values())), ' {0} ":"{0}'),
+        ((*NUMBERS.values(), *DAYS, *MONTHS), " {0}"),
+        (WISHES, ' a.{0} ":"{0}'), (range(1, 13), "-{0:02}"),
+    ):
+        yield from ((forms.format(word) * (30 if run.data else 300)) for word in words)
 
 
 def prepare_data(run, cfg, out):
@@ -5220,19 +5429,20 @@ def answer_logps(model, tokens, targets, document, position, answer, temperature
 
 def accumulate_policy(model, job, groups, tau):
     """Forward and backward of the objective over all answers of `groups` [[(rollout, advantage)]], in
-    micro-batches. Returns (loss, mean of the squared log-ratio).
+    micro-batches, each rank its share. Returns (loss, mean of the squared log-ratio).
 
     In the first step on one policy's own answers the log-ratio is zero, and a group whose rewards are all
     alike has no gradient: it counts, but is not computed.
     """
-    run = job.run
+    run, ranks = job.run, job.ranks
     advantage = {id(rollout): value for group in groups for rollout, value in group}
     moving = [[rollout for rollout, _ in group] for group in groups if run.rl_updates > 1 or any(
         value or rollout.paused for rollout, value in group)]
     rows = [row for group in moving for row in answer_rows(group, run.rl_row)]
     rows.sort(key=lambda row: sum(len(rollout.ids) for rollout in row))
     each, n, total, drift = max(1, run.micro_batch * run.seq_len // run.rl_row), len(advantage), 0.0, 0.0
-    for part in (rows[i : i + each] for i in range(0, len(rows), each)):
+    mine = rows[ranks.rank :: ranks.size]
+    for part in (mine[i : i + each] for i in range(0, len(mine), each)):
         answers = [rollout for row in part for rollout in row]
         tensors = [tensor.to(job.device) for tensor in answer_batch(part)]
         values = torch.tensor([[advantage[id(rollout)], sum(rollout.logp), rollout.temperature]
@@ -5243,7 +5453,8 @@ def accumulate_policy(model, job, groups, tau):
         (loss + run.aux_alpha * len(answers) / n * model.aux_loss).backward()
         total += loss.item()
         drift += (logp.detach() - values[:, 1]).square().sum().item() / n
-    return total, drift
+    take_part(model, job, math.ceil(math.ceil(len(rows) / ranks.size) / each) - math.ceil(len(mine) / each))
+    return ranks.sum(total), ranks.sum(drift)
 
 
 # --- the critic ---
@@ -5325,11 +5536,12 @@ def judge_group(critic, rollouts, neighbours=1):
 
 class Controller:
     """The centre of R 3.3's loop, sampler and trainer in one process over the same weights: starts groups,
-    plays them, rewards those that have ended, and keeps the rest for the next iteration."""
+    plays them, rewards those that have ended, and keeps the rest for the next iteration. Every rank knows all
+    groups and plays its share."""
 
     def __init__(self, model, job, pool, toolbox):
         run = job.run
-        self.run, self.pool, self.toolbox = run, pool, toolbox
+        self.run, self.pool, self.toolbox, self.ranks = run, pool, toolbox, job.ranks
         self.engine = Engine(model, job.tok, f"{run.seed} {run.rl_seed}", run.rl_budget,
                              recompute=run.rl_recompute)
         self.critic = Critic(model, job.tok)
@@ -5378,7 +5590,8 @@ class Controller:
                         for prompt in self.choose(step, run.rl_prompts - len(self.flight))]
         rollouts = [rollout for group in self.flight for rollout in group]
         before, began = [len(rollout.said) for rollout in rollouts], time.perf_counter()
-        self.engine.play(rollouts, run.rl_segment)
+        self.engine.play([rollout for rollout in rollouts if self.is_mine(rollout)], run.rl_segment)
+        self.exchange(rollouts)
         new = [len(rollout.said) - n for rollout, n in zip(rollouts, before)]
         ended = [group for group in self.flight if all(rollout.reward is not None for rollout in group)]
         self.flight = [group for group in self.flight if any(rollout.reward is None for rollout in group)]
@@ -5387,6 +5600,19 @@ class Controller:
                    "idle": 1 - sum(new) / max(1, len(new) * max(new, default=0))}
         groups, pairs, more = self.score(ended)
         return groups, pairs, {**figures, **more}
+
+    def is_mine(self, rollout):
+        """A group stays on one rank, with its caches and environments."""
+        return rollout.number // self.run.rl_samples % self.ranks.size == self.ranks.rank
+
+    def exchange(self, rollouts):
+        """Every rank learns what the others' rollouts have said and earned."""
+        if self.ranks.many:
+            mine = [rollout.facts() for rollout in rollouts if self.is_mine(rollout)]
+            played = {facts["number"]: facts for share in self.ranks.all_of(mine) for facts in share}
+            for rollout in rollouts:
+                if not self.is_mine(rollout):
+                    vars(rollout).update(played[rollout.number])
 
     def score(self, ended):
         """Rewards become advantages; right and wrong answers become pairs with a known order."""
@@ -5443,7 +5669,8 @@ class Controller:
         self.attacks.tried = {tuple(attack): score for attack, score in facts["attacks"]}
         self.flight = [[Rollout(**rollout) for rollout in group] for group in facts["flight"]]
         for rollout in (rollout for group in self.flight for rollout in group):
-            rollout.latent = state["tensors"].get(f"latent.{rollout.number}")
+            if self.is_mine(rollout):
+                rollout.latent = state["tensors"].get(f"latent.{rollout.number}")
             rollout.env = environment(rollout.prompt, self.toolbox)
             rollout.env.reset()
             for message in rollout.messages:
@@ -5506,7 +5733,7 @@ def padded(dialogs, tok, device):
 
 
 # ==================================================================================================
-# 6  The loop: schedule, step, log, checkpoint, resume (R 2.5)
+# 6  The loop: schedule, many processes, step, log, checkpoint, resume (R 2.4, 2.5)
 # ==================================================================================================
 # Warm up, stay, decay (WSD): the learning rate rises for a few steps, is constant for most of the
 # run, and falls along a cosine to a tenth. K2: 500 steps up, 10 T tokens at 2e-4, 5.5 T down to 2e-5.
@@ -5592,6 +5819,403 @@ def phases(run, cfg, data):
     return found
 
 
+# --- one process or many (R 2.4.2) ---
+# torchrun starts dp * ep processes, ranks, on a mesh: rank = dp_rank * ep + ep_rank. Every row of the batch
+# is computed on one rank, and every element of every parameter, with its gradient and its optimizer's state,
+# is kept on one rank: FSDP gathers what a block needs, and sums and shares out the gradients.
+#
+#     a layer's experts       an ep'th of them on each ep_rank, each in whole on one of its dp ranks;
+#                             tokens travel to their experts and back, all to all
+#     all other parameters    an even share of the rows of each, over all ranks
+#
+# Muon wants whole matrices. Experts are whole where they are. Each of the others has an owner: the gradients'
+# shares travel to it, it orthogonalises, the update's shares travel back; each matrix once a step.
+
+
+class Ranks:
+    """The processes of a run. Alone, all of it does nothing: sums are what they were, rows are all mine."""
+
+    def __init__(self, device=None, ep=1):
+        self.size, self.rank, self.ep, self.device = 1, 0, ep, device
+        joined = dist.is_available() and dist.is_initialized()
+        if device is None or not joined and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            if ep > 1:
+                raise UserError(f"--ep {ep} needs processes: torchrun --nproc-per-node {ep} train.py ...")
+            return
+        if not joined:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        if ep < 1 or self.size % ep:
+            raise UserError(f"--ep {ep} must divide the number of processes, {self.size}")
+        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # slow, and one needs none
+
+        self.flat = init_device_mesh(device.type, (self.size,))
+        self.mesh = init_device_mesh(device.type, (self.size // ep, ep), mesh_dim_names=("dp", "ep"))
+        # the same, as the experts of a layer lie on it one after another
+        self.of_experts = DeviceMesh(device.type, self.mesh.mesh.T, mesh_dim_names=("ep", "dp"))
+        # it advises to gather both dimensions at once, but a group of ranks cannot have another order
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    @property
+    def many(self):
+        return self.size > 1
+
+    def rows(self, n, rank=None):
+        """Numbers of the rows, of n in a batch, that are mine."""
+        rank = self.rank if rank is None else rank
+        return range(n * rank // self.size, n * (rank + 1) // self.size)
+
+    def mine(self, tensors):
+        """My rows of the tensors of a batch that every rank has in whole."""
+        here = self.rows(len(tensors[0]))
+        return tuple(tensor[here.start : here.stop] for tensor in tensors)
+
+    def sum(self, x):
+        """A tensor, summed over the ranks; a number likewise."""
+        if not self.many:
+            return x
+        total = torch.as_tensor(x, device=self.device).clone()
+        dist.all_reduce(total)
+        return total if isinstance(x, torch.Tensor) else total.item()
+
+    def wait(self):
+        if self.many:
+            self.sum(0)
+
+    def agree(self, value):
+        """What the first rank has."""
+        values = [value]
+        if self.many:
+            dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def all_of(self, value):
+        """What each rank has."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextlib.contextmanager
+    def one_by_one(self):
+        """The first rank does it, then the others find it done."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    @contextlib.contextmanager
+    def speaking(self):
+        """The first rank speaks for all. An error that all have is said once; that a rank is lost, too."""
+        if not self.first:
+            sys.stdout = open(os.devnull, "w")
+        try:
+            yield
+        except (UserError, ValueError, OSError):
+            time.sleep(0 if self.first else 3)  # the first one's line ends us all
+            raise
+        except RuntimeError as error:
+            if not self.lost_one(error):
+                raise
+            what = str(error).strip().splitlines()[0][:200]
+            raise UserError(f"rank {self.rank} of {self.size} lost another ({what}); the same command goes "
+                            "on from the last checkpoint, with any number of processes") from error
+        if self.many:
+            dist.destroy_process_group()
+
+    def lost_one(self, error):
+        """Does an error say that another rank is gone?"""
+        return self.many and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+    # where things lie
+
+    def place(self, weight):
+        """(number of its first row here, shape of the whole) of a sharded parameter; of stacked experts FSDP
+        knows an ep'th alone."""
+        n, ep = len(weight), self.ep if weight.ndim == 3 else 1
+        first = min(n, self.rank // ep * math.ceil(n / (self.size // ep)))
+        return first + self.rank % ep * n, torch.Size((n * ep, *weight.shape[1:]))
+
+    def shard(self, model):
+        """Leave each rank its part of a model, in place; on the meta device before there is memory. Returns
+        {name: first row that is here}."""
+        if not self.many:
+            return {}
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        for layer in model.model.layers:
+            experts = getattr(layer.mlp, "experts", None)
+            if experts is not None:
+                if self.ep > 1:
+                    ExpertParallel.convert(experts, self.mesh["ep"])
+                fully_shard(experts, mesh=self.mesh["dp"])
+            fully_shard(layer, mesh=self.flat)
+        fully_shard(model.model.embed_tokens, mesh=self.flat)
+        fully_shard(model, mesh=self.flat)
+        for module in model.modules():
+            if hasattr(module, "set_gradient_divide_factor"):  # losses are shares of one: gradients add up
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        register_fsdp_forward_method(model, "hidden")
+        return {name: self.place(p)[0] for name, p in model.named_parameters()}
+
+    def initialise(self, model):
+        """The weights that a single process draws: every rank draws all of them and keeps its rows."""
+        model.to_empty(device=self.device)
+        for module in model.modules():  # what nn.Linear and nn.Embedding draw for themselves comes first
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                drawn = torch.empty(module.weight.shape, device=self.device)
+                drawn.uniform_() if isinstance(module, nn.Linear) else drawn.normal_()
+
+        def normal(weight, mean, std):
+            first, shape = self.place(weight)
+            whole, here = torch.empty(shape, device=self.device).normal_(mean, std), weight.to_local()
+            here.copy_(whole[first : first + len(here)])
+
+        model.init_weights(normal)
+
+    def build(self, cfg):
+        """A new model, over all ranks."""
+        if not self.many:
+            return KimiK2(cfg)
+        with torch.device("meta"):
+            model = KimiK2(cfg)
+        self.shard(model)
+        self.initialise(model)
+        return model
+
+    def globally(self, here, weight):
+        """My rows of a parameter, or of something of its shape, as a DTensor that knows where they belong."""
+        if not self.many:
+            return here
+        from torch.distributed.tensor import DTensor, Shard
+
+        _, shape = self.place(weight)
+        mesh = self.of_experts if weight.ndim == 3 else self.flat
+        return DTensor.from_local(here, mesh, [Shard(0)] * mesh.ndim, run_check=False, shape=shape,
+                                  stride=torch.empty(shape, device="meta").stride())
+
+    def state(self, model):
+        """A state dict with the shapes of the whole model."""
+        return {name: self.globally(tensor.to_local(), tensor) if hasattr(tensor, "to_local") else tensor
+                for name, tensor in model.state_dict().items()}
+
+    def optimizer(self, model, **settings):
+        return ShardedMuonClip(model, self, **settings) if self.many else MuonClip(model, **settings)
+
+    def clip_grad_norm(self, model, limit):
+        """Norm of the whole gradient, (); scales the gradient down to `limit` where it is larger."""
+        if not self.many:
+            return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        grads = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
+        norm = self.sum(torch.stack(torch._foreach_norm(grads)).square().sum()).sqrt()
+        if norm > limit:
+            torch._foreach_mul_(grads, limit / (norm + 1e-6))
+        return norm
+
+    # from shards to whole weights
+
+    def twin(self, model):
+        """What evaluates and samples: the model itself, or a whole one without memory yet."""
+        if not self.many:
+            return model
+        with torch.device("meta"):
+            return KimiK2(model.cfg)
+
+    @contextlib.contextmanager
+    def whole(self, model, twin, everywhere=False):
+        """Within, the twin on the first rank, or everywhere, has the model's weights. Gives the seconds that
+        gathering them took."""
+        if not self.many:
+            yield 0.0
+            return
+        began = time.perf_counter()
+        if self.first or everywhere:
+            twin.to_empty(device=self.device)
+            twin.init_buffers()
+            twin.set_context(model.cfg.max_position_embeddings, model.cfg.rope_scaling)
+        target = twin.state_dict()
+        for name, tensor in self.state(model).items():
+            full = whole_of(tensor)
+            if self.first or everywhere:
+                target[name].copy_(full)
+        self.wait()
+        yield time.perf_counter() - began
+        twin.to("meta")
+        self.wait()
+
+    def save_pretrained(self, model, tok, *folders):
+        """Hugging Face's layout from shards: the first rank gathers and writes one tensor after another."""
+        for folder in folders:
+            state = self.state(model)
+            if self.first:
+                save_pretrained(model, tok, folder, state=state)
+            else:
+                for tensor in state.values():
+                    whole_of(tensor)
+            self.wait()
+
+    # checkpoints: safetensors that each rank writes of what it holds, by PyTorch's DCP
+
+    def write(self, tensors, folder):
+        if self.first:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        self.wait()
+        if not self.many:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "all.safetensors")
+            with open(folder / "all.safetensors", "rb+") as file:
+                os.fsync(file.fileno())
+            return
+        import torch.distributed.checkpoint as dcp
+
+        try:
+            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        except dcp.api.CheckpointException as error:
+            raise OSError(next(iter(error.failures.values()))[0]) from None
+
+    def sizes(self, folder):
+        """{name: (shape, dtype)} of the tensors that were written to a folder."""
+        import torch.distributed.checkpoint as dcp
+
+        if not list(folder.glob("*.safetensors")):
+            raise FileNotFoundError("no *.safetensors in it")
+        found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        return {name: (tensor.size, tensor.properties.dtype) for name, tensor in found.items()}
+
+    def read(self, tensors, folder):
+        """Fill tensors with what was written under their names, by however many ranks."""
+        import torch.distributed.checkpoint as dcp
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "torch.distributed is uninitialized": we know
+            try:
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+            except dcp.api.CheckpointException as error:
+                raise OSError(next(iter(error.failures.values()))[0]) from None
+
+
+class ExpertParallel(Experts):
+    """A rank's share of a layer's experts: tokens are sent to the ranks that have theirs, and come back."""
+
+    @classmethod
+    def convert(cls, experts, mesh):
+        """Keep an ep'th of the experts; the class changes, the parameters' names stay."""
+        n, ep, rank = len(experts.gate_proj), mesh.size(), mesh.get_local_rank()
+        if n % ep:
+            raise UserError(f"--ep {ep} must divide the number of experts, {n}")
+        for name, weight in list(experts.named_parameters()):
+            part = weight.detach().chunk(ep)[rank].clone()
+            setattr(experts, name, nn.Parameter(part))
+        experts.__class__, experts.group = cls, mesh.get_group()
+
+    def forward(self, x_NC, chosen_NK, weights_NK):
+        (N, C), K, ep = x_NC.shape, chosen_NK.shape[1], self.group.size()
+        E = ep * len(self.gate_proj)
+        expert, visit = chosen_NK.flatten().sort(stable=True)
+        load = torch.searchsorted(expert, torch.arange(E, device=expert.device), right=True)
+        load = load.diff(prepend=load.new_zeros(1))  # (E,)
+        coming = torch.empty_like(load)  # visits from each rank to each of my experts, (ep * E / ep,)
+        dist.all_to_all_single(coming, load, group=self.group)
+        there, here = self.split_sizes(load), self.split_sizes(coming)
+        token, x_NC = visit // K, x_NC.to(autocast_dtype(x_NC) or x_NC.dtype)
+        weights = weights_NK.flatten()[visit].unsqueeze(1).to(x_NC.dtype)
+        rows = torch.cat((x_NC.index_select(0, token), weights), dim=1)
+        rows = all_to_all(rows, there, here, self.group)  # (M, C + 1)
+        mine = torch.arange(E // ep, device=load.device).repeat(ep)
+        mine = mine.repeat_interleave(coming, output_size=sum(here))  # which of my experts each is for
+        y, _ = super().forward(rows[:, :C], mine.unsqueeze(1), rows[:, C:])
+        y = all_to_all(y, here, there, self.group)
+        return torch.zeros(N, C, dtype=y.dtype, device=y.device).index_add(0, token, y), load
+
+    def split_sizes(self, load):
+        """Visits to or from each rank, as Python's numbers: the sizes of messages."""
+        return load.view(self.group.size(), -1).sum(dim=1).tolist()
+
+
+def all_to_all(rows, there, here, group):
+    """Send the first there[0] rows to rank 0, the next to rank 1 ...; here[r] come from rank r. Gradients go
+    the other way."""
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+    return all_to_all_single_autograd(rows, here, there, group)
+
+
+class ShardedMuonClip(MuonClip):
+    """MuonClip over the rows that this rank holds. All but Newton-Schulz and the clip is by element, so it
+    runs on them as it is."""
+
+    def __init__(self, model, ranks, **settings):
+        self.ranks, self.whole = ranks, {}
+        super().__init__(model, **settings)
+        by_muon = [p for group in self.param_groups if group["rule"] == "muon" for p in group["params"]]
+        work = {p: self.whole[p].numel() * min(self.whole[p].shape) for p in by_muon if p.ndim == 2}
+        self.owner, busy = {}, [0] * ranks.size
+        for p in sorted(work, key=work.get, reverse=True):  # the next largest to whom has least to do
+            self.owner[p] = min(range(ranks.size), key=busy.__getitem__)
+            busy[self.owner[p]] += work[p]
+
+    def named_parameters(self, model):
+        for name, p in model.named_parameters():
+            here = p.to_local().detach()
+            self.whole[here] = p
+            yield name, here
+
+    def parameter_of(self, p):
+        return self.whole[p]
+
+    def step(self, closure=None):
+        for here, p in self.whole.items():
+            here.data = p.to_local().data  # FSDP moves a shard when it pads it
+            here.grad = None if p.grad is None else p.grad.to_local()
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        self.model.zero_grad(set_to_none)
+
+    def _add_updates(self, params, group):
+        super()._add_updates([p for p in params if p.ndim == 3 and len(p)], group)
+        params, ranks = sorted((p for p in params if p.ndim == 2), key=self.owner.get), range(self.ranks.size)
+        pairs = list(zip(params, self._updates(params, group)))
+        mine = [self.whole[p].shape for p, _ in pairs if self.owner[p] == self.ranks.rank]
+        # what goes to the owners, and what comes to me: rank 0's rows of each matrix of mine, rank 1's ...
+        there = [sum(p.numel() for p, _ in pairs if self.owner[p] == rank) for rank in ranks]
+        parts = [[(len(self.rows_of(n, rank)), m) for n, m in mine] for rank in ranks]
+        here = [sum(n * m for n, m in shapes) for shapes in parts]
+        sent = torch.cat([update.flatten() for _, update in pairs])
+        came = sent.new_empty(sum(here))
+        dist.all_to_all_single(came, sent, here, there)
+        shapes = [shape for of_rank in parts for shape in of_rank]
+        came = [part.view(shape) for part, shape in zip(came.split([n * m for n, m in shapes]), shapes)]
+        matrices = [torch.cat(came[i :: len(mine)]) for i in range(len(mine))]
+        changes = [torch.zeros_like(matrix) for matrix in matrices]
+        if matrices:
+            super()._add_orthogonal(changes, matrices, group)
+        # and back
+        rows = [[self.rows_of(len(change), rank) for change in changes] for rank in ranks]
+        sent = [change[r.start : r.stop].flatten() for of_rank in rows for r, change in zip(of_rank, changes)]
+        came = params[0].new_empty(sum(there))
+        dist.all_to_all_single(came, torch.cat([came[:0], *sent]), there, here)
+        came = came.split([p.numel() for p, _ in pairs])
+        torch._foreach_add_([p for p, _ in pairs], [part.view_as(p) for part, (p, _) in zip(came, pairs)])
+
+    def rows_of(self, n, rank):
+        """Rows of a matrix of n that a rank has: FSDP gives all but the last ones equally many."""
+        most = math.ceil(n / self.ranks.size)
+        return range(min(n, rank * most), min(n, (rank + 1) * most))
+
+    def _scale_rows(self, weight, factors):
+        first, _ = self.ranks.place(weight)
+        here = weight.to_local()
+        here *= factors[first : first + len(here), None]
+
+
 @dataclass
 class Job:
     """What every stage works on."""
@@ -5602,11 +6226,15 @@ class Job:
     device: torch.device
     tok: Tokenizer
     data: TokenFiles
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
 
     def autocast(self):
         """bf16 for the matrix products where it pays: on CUDA; weights and optimizer stay fp32."""
         bf16 = self.run.dtype == "bf16" or (self.run.dtype == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+        if not bf16:
+            return contextlib.nullcontext()
+        # of many ranks' weights, gathered layer by layer, no copy may outlive the gathered one
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not self.ranks.many)
 
 
 @dataclass
@@ -5627,7 +6255,10 @@ def pick_device(name):
         raise UserError("--device cuda: this PyTorch finds no CUDA device")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this PyTorch finds no Apple GPU")
-    return torch.device(name)
+    number = os.environ.get("LOCAL_RANK") if name == "cuda" else None  # torchrun's
+    if number is not None:
+        torch.cuda.set_device(int(number))
+    return torch.device(name if number is None else f"{name}:{number}")
 
 
 def compile_blocks(model, job):
@@ -5650,37 +6281,46 @@ def compile_blocks(model, job):
 
 
 class Checkpoints:
-    """ckpt/STAGE_STEP.safetensors: weights, optimizer and progress, complete or not there at all."""
+    """ckpt/STAGE_STEP/: weights, optimizer and progress, complete or not there at all. Every rank writes what
+    it holds; any number of ranks can read it."""
 
-    def __init__(self, out, stage):
-        self.folder, self.stage = out / "ckpt", stage
-        self.folder.mkdir(exist_ok=True)
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
+    def __init__(self, out, stage, ranks):
+        self.folder, self.stage, self.ranks = out / "ckpt", stage, ranks
+        if ranks.first:
+            self.folder.mkdir(exist_ok=True)
+            for leftover in self.folder.glob("*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        ranks.wait()
 
     def paths(self):
         """Newest first."""
-        return sorted(self.folder.glob(f"{self.stage}_*.safetensors"), reverse=True)
+        return sorted((path for path in self.folder.glob(f"{self.stage}_*") if path.suffix != ".tmp"),
+                      reverse=True)
 
     def save(self, model, opt, progress, keep=None):
         kept = keep.state_dict() if keep else {"facts": None, "tensors": {}}
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        for number, state in opt.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items()}
+        tensors = {f"model.{name}": tensor for name, tensor in self.ranks.state(model).items()}
+        for number, p in enumerate(p for group in opt.param_groups for p in group["params"]):
+            for key, value in opt.state[p].items():
+                whole = value.view(1) if key == "step" else self.ranks.globally(value, opt.parameter_of(p))
+                tensors[f"optimizer.{number}.{key}"] = whole
         tensors |= {f"keep.{name}": tensor for name, tensor in kept["tensors"].items()}
         tensors["ever_clipped"] = progress.ever_clipped
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         facts = {**dataclasses.asdict(progress), "ever_clipped": None, "max_logit": str(progress.max_logit)}
-        path = self.folder / f"{self.stage}_{progress.step:08d}.safetensors"
+        path = self.folder / f"{self.stage}_{progress.step:08d}"
+        temporary = path.with_name(path.name + ".tmp")
         try:
-            with atomic(path) as temporary:
-                save_file(tensors, temporary,
-                          {"progress": json.dumps(facts), "keep": json.dumps(kept["facts"])})
+            self.ranks.write(tensors, temporary)
+            if self.ranks.first:
+                write_json(temporary / "progress.json", {"progress": facts, "keep": kept["facts"]})
+                shutil.rmtree(path, ignore_errors=True)  # there is one only if it was damaged
+                os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
             kept = next(iter(self.paths()), "none")
             raise UserError(f"could not save {path}: {error}; the last good checkpoint is {kept}") from None
-        for old in self.paths()[2:]:  # the last two are kept
-            old.unlink()
+        for old in self.paths()[2:] if self.ranks.first else ():  # the last two are kept
+            shutil.rmtree(old)
 
     def load(self, model, opt, keep=None):
         """Restore the newest checkpoint that is sound; Progress() if there is none."""
@@ -5689,34 +6329,40 @@ class Checkpoints:
             try:
                 return self._load(path, model, opt, keep)
             except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-                print(f"{path} is damaged ({str(error).splitlines()[0][:100]}), trying the one before it",
-                      file=sys.stderr)
+                if self.ranks.lost_one(error):
+                    raise
+                if self.ranks.first:
+                    print(f"{path} is damaged ({str(error).splitlines()[0][:100]}), trying the one before it",
+                          file=sys.stderr)
         if paths:
             raise UserError(
                 f"no checkpoint in {self.folder} can be read; delete that folder to start this stage again"
             )
         return Progress()
 
-    @staticmethod
-    def _load(path, model, opt, keep):
-        device = next(model.parameters()).device
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["progress"])
-            kept = json.loads(file.metadata().get("keep", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        states = {}
-        for name in [name for name in tensors if name.startswith("optimizer.")]:
+    def _load(self, path, model, opt, keep):
+        """Memory is made for the optimizer's state, under the names and shapes that the files have."""
+        saved = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        sizes, device, ranks = self.ranks.sizes(path), opt.max_logits.device, self.ranks
+        tensors = {f"model.{name}": tensor for name, tensor in ranks.state(model).items()}
+        tensors |= {name: torch.empty(size, dtype=dtype, device=device)
+                    for name, (size, dtype) in sizes.items()
+                    if name == "ever_clipped" or name.startswith("keep.")}
+        states = [(p, {}) for group in opt.param_groups for p in group["params"]]
+        for name in (name for name in sizes if name.startswith("optimizer.")):
             _, number, key = name.split(".")
-            states.setdefault(int(number), {})[key] = tensors.pop(name).to(device)
-        ever_clipped = tensors.pop("ever_clipped").to(device)
-        more = {name: tensors.pop(name).to(device) for name in list(tensors) if name.startswith("keep.")}
-        model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
-        opt.load_state_dict({"state": states, "param_groups": opt.state_dict()["param_groups"]})
+            p, state = states[int(number)]
+            state[key] = torch.empty(1, device=device) if key == "step" else torch.empty_like(p)
+            tensors[name] = state[key] if key == "step" else ranks.globally(state[key], opt.parameter_of(p))
+            state[key] = state[key].view(() if key == "step" else p.shape)
+        ranks.read(tensors, path)
+        for p, state in states:
+            opt.state[p] = state
         if keep:
-            keep.load_state_dict({"facts": kept, "tensors": {name.removeprefix("keep."): tensor
-                                                             for name, tensor in more.items()}})
-        facts["max_logit"] = float(facts["max_logit"])
-        return Progress(**{**facts, "ever_clipped": ever_clipped})
+            keep.load_state_dict({"facts": saved["keep"], "tensors": {
+                name.removeprefix("keep."): t for name, t in tensors.items() if name.startswith("keep.")}})
+        facts = {**saved["progress"], "max_logit": float(saved["progress"]["max_logit"])}
+        return Progress(**{**facts, "ever_clipped": tensors["ever_clipped"]})
 
 
 class Metrics:
@@ -5743,7 +6389,11 @@ def read_metrics(out):
 
 
 class StopOnSignal:
-    """Ctrl-C or SIGTERM asks for a stop at the end of the step; a second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM asks for a stop at the end of the step; a second one stops at once. Not so under
+    torchrun: it passes on what the terminal has sent to all of us, and sees to the end itself."""
+
+    def __init__(self, ranks):
+        self.ranks = ranks
 
     def __enter__(self):
         self.wanted, self.before = False, {}
@@ -5754,7 +6404,8 @@ class StopOnSignal:
 
     def ask(self, number, frame):
         self.wanted = True
-        self.__exit__()
+        if not self.ranks.many:
+            self.__exit__()
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -5765,32 +6416,46 @@ def accumulate(model, job, batch, weight=1.0):
     """Forward and backward over all micro-batches; returns the mean loss of the batch, without `weight`.
 
     The loss is divided by the number of targets of the whole batch, so that how it is cut into
-    micro-batches does not matter. A micro-batch of longer sequences has fewer of them.
+    micro-batches, and these among ranks, does not matter. A micro-batch of longer sequences has fewer rows.
     """
     run, (tokens, targets, *document) = job.run, batch
     rows = max(1, run.micro_batch * run.seq_len // tokens.shape[1])
-    n_targets = (targets != -100).sum().clamp(min=1)
+    n_targets = job.ranks.sum((targets != -100).sum()).clamp(min=1)
+    n_rows = job.ranks.sum(len(tokens))
     loss_sum = torch.zeros((), device=job.device)
-    for x, y, *d in zip(*(part.split(rows) for part in (tokens, targets, *document))):
+    for x, y, *d in zip(*(part.split(rows) for part in (tokens, targets, *document))) if len(tokens) else ():
         with job.autocast():
             loss = model.loss(x, y, *d)
         n_here = (y != -100).sum()
-        share = len(x) / len(tokens)
+        share = len(x) / n_rows
         (weight * (loss * (n_here / n_targets) + run.aux_alpha * share * model.aux_loss)).backward()
         loss_sum += loss.detach() * n_here
-    return (loss_sum / n_targets).item()
+    passes = math.ceil(math.ceil(n_rows / job.ranks.size) / rows)  # of the rank with most rows
+    take_part(model, job, passes - math.ceil(len(tokens) / rows))
+    return (job.ranks.sum(loss_sum) / n_targets).item()
+
+
+def take_part(model, job, passes):
+    """A rank that has no more rows goes through the collectives of the others' with a token of no weight."""
+    for _ in range(passes):
+        model.training = False  # nothing is recorded
+        token = torch.zeros(1, 1, dtype=torch.long, device=job.device)
+        with job.autocast():
+            loss = model.loss(token, token)
+        (0 * loss).backward()
+        model.training = True
 
 
 def update(model, opt, job, loss, lr):
     """An optimizer step with the gradients that have accumulated. Returns the step's figures."""
     limit = math.inf if job.run.grad_clip is None else job.run.grad_clip
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+    grad_norm = job.ranks.clip_grad_norm(model, limit).item()
     stop_if_broken(model, loss, grad_norm)
     for group in opt.param_groups:
         group["lr"] = lr
-    load = model.expert_load / model.expert_load.mean(dim=1, keepdim=True).clamp(min=1)
     opt.step()
     opt.zero_grad()
+    load = opt.expert_load / opt.expert_load.mean(dim=1, keepdim=True).clamp(min=1)
     return {"loss": loss, "grad_norm": grad_norm, "s_max": opt.max_logits.max().item(),
             "expert_load_max": [round(v, 3) for v in load.amax(dim=1).tolist()], "load": load}
 
@@ -5817,13 +6482,15 @@ def stop_if_broken(model, loss, grad_norm):
     )
 
 
-def fit(stage, job, model, opt, course, batch_of, evaluate, lr_of, learn=train_step, keep=None):
+def fit(stage, job, model, twin, opt, course, batch_of, evaluate, lr_of, learn=train_step, keep=None):
     """Train through a course of phases from the last checkpoint. `batch_of(step, phase)` gives (tokens,
-    targets), `lr_of(step)` the learning rate, `evaluate(step, phase)` a dictionary for the log, before the
-    first step of each phase in the state the last one left. `learn` makes a step of a batch; `keep` is what
-    else a checkpoint has to hold, by `state_dict` and `load_state_dict`. Returns the Progress; exact under
-    kill and resume."""
-    run, checkpoints, steps = job.run, Checkpoints(job.out, stage), course[-1].end
+    targets), of its rows those of this rank, `lr_of(step)` the learning rate, `evaluate(step, phase)` a
+    dictionary for the log, before the first step of each phase in the state the last one left, on the first
+    rank, while `twin` has the model's weights. `learn` makes a step of a batch; `keep` is what else a
+    checkpoint has to hold, by `state_dict` and `load_state_dict`. Returns the Progress; exact under kill and
+    resume."""
+    run, ranks, steps = job.run, job.ranks, course[-1].end
+    checkpoints = Checkpoints(job.out, stage, ranks)
 
     def enter(step):
         phase = next(phase for phase in course if step < phase.end)
@@ -5834,21 +6501,25 @@ def fit(stage, job, model, opt, course, batch_of, evaluate, lr_of, learn=train_s
     progress = checkpoints.load(model, opt, keep)
     if progress.ever_clipped is None:
         progress.ever_clipped = torch.zeros_like(opt.max_logits, dtype=torch.bool)
-    metrics, started = Metrics(job.out, stage, progress.step), progress.step
-    bar = tqdm(total=steps, initial=started, desc=stage, unit="step", disable=None)
+    metrics, started = Metrics(job.out, stage, progress.step) if ranks.first else None, progress.step
+    bar = tqdm(total=steps, initial=started, desc=stage, unit="step", disable=None if ranks.first else True)
     model.train()
     phase = enter(max(0, started - 1))
-    with StopOnSignal() as stop:
+    with StopOnSignal(ranks) as stop:
         for step in range(started, steps + 1):
             last, row, clock = step == steps, {"stage": stage, "step": step}, time.perf_counter()
             if last or step == phase.end or step % run.eval_every == 0:
-                row |= evaluate(step, phase)
-                plot_run(job.out, stage)
-                tqdm.write(f"{stage} {step}/{steps} " + describe(row))
-            if step > started and (last or stop.wanted or step % run.save_every == 0):
+                with ranks.whole(model, twin):
+                    if ranks.first:
+                        row |= evaluate(step, phase)
+                        plot_run(job.out, stage)
+                        tqdm.write(f"{stage} {step}/{steps} " + describe(row))
+            stopping = ranks.sum(int(stop.wanted)) > 0  # all at the same step
+            if step > started and (last or stopping or step % run.save_every == 0):
                 checkpoints.save(model, opt, progress, keep)
-            if last or stop.wanted:
-                metrics.write(row)
+            if last or stopping:
+                if ranks.first:
+                    metrics.write(row)
                 progress.seconds += time.perf_counter() - clock
                 break
             if step == phase.end:
@@ -5860,7 +6531,7 @@ def fit(stage, job, model, opt, course, batch_of, evaluate, lr_of, learn=train_s
             except Broken as error:
                 raise UserError(f"{stage} stopped at step {step}: {error}. "
                                 f"The last good checkpoint is in {checkpoints.folder}") from None
-            load, tokens = figures.pop("load"), batch[0].numel()
+            load, tokens = figures.pop("load"), ranks.sum(batch[0].numel())
             now = time.perf_counter()
             clipped = opt.max_logits > opt.tau if opt.clip else torch.zeros_like(progress.ever_clipped)
             progress = Progress(
@@ -5871,10 +6542,12 @@ def fit(stage, job, model, opt, course, batch_of, evaluate, lr_of, learn=train_s
                     "tok_s": round(tokens / (now - began)), "clipped_heads": int(clipped.sum()), **figures}
             if step % run.eval_every == 0:
                 row |= {"s_max_heads": opt.max_logits.tolist(), "expert_load": load.tolist()}
-            metrics.write(row)
+            if ranks.first:
+                metrics.write(row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=row["tok_s"], refresh=False)
             bar.update()
     bar.close()
+    ranks.wait()  # for the last line of the log
     if progress.step < steps:
         raise UserError(f"stopped and saved at step {progress.step}; go on with: "
                         f"python train.py --resume --out {job.out}")
@@ -5891,6 +6564,189 @@ def describe(row):
     return ", ".join(parts) + "".join(f"\n    | {line}" for line in sample)
 
 
+# --- the dry run: one rank of many takes a step, without memory and without the others ---
+
+
+class Alike(Ranks):
+    """Rank 0 of `world` that all do the same. PyTorch's fake process group moves nothing."""
+
+    def __init__(self, world, ep):
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+        super().__init__(torch.device("cpu"), ep)
+        self.names = {dist.group.WORLD.group_name: f"all {world}"}
+        if self.many:
+            self.names |= {self.flat.get_group().group_name: f"all {world}"}
+            self.names |= {self.mesh[name].get_group().group_name: f"{name} {self.mesh[name].size()}"
+                           for name in ("dp", "ep")}
+
+    def sum(self, x):
+        return super().sum(x) if isinstance(x, torch.Tensor) else x * self.size
+
+
+class Ledger(TorchDispatchMode):
+    """Reads along while fake tensors are computed with: bytes that are alive, collectives. Where a program
+    asks for a tensor's values, it answers for a batch whose targets all count and heads that need no clip."""
+
+    KINDS = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter",
+             "allreduce_": "all-reduce", "alltoall_base_": "all-to-all", "all_to_all_single": "all-to-all"}
+
+    def __init__(self, ranks):
+        super().__init__()
+        self.ranks, self.alive, self.live = ranks, {}, 0
+        self.begin("build")
+
+    def begin(self, stage):
+        self.stage, self.peaks, self.sent = stage, {}, collections.defaultdict(lambda: [0, 0])
+
+    def __enter__(self):
+        self.resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = lambda *args: self.resized(*args)  # as FSDP frees what it gathered
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.resize
+        return super().__exit__(*error)
+
+    def resized(self, storage, size):
+        self.resize(storage, size)
+        self.note(storage)
+        return storage
+
+    def note(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            weakref.finalize(storage, self.forget, key)
+        self.live += size - self.alive.get(key, 0)
+        self.alive[key] = size
+        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), self.live)
+
+    def forget(self, key):
+        self.live -= self.alive.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name == "aten::_local_scalar_dense" and args[0].dtype != torch.int64:
+            return False if args[0].dtype == torch.bool else 1.0
+        if name == "aten::nonzero":
+            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
+        if name == "_c10d_functional::wait_tensor":
+            return args[0]
+        if "c10d" in name:
+            self.collective(name, args)
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                tensor = getattr(tensor, "_local_tensor", tensor)  # a DTensor has no memory of its own
+                if tensor.device.type != "meta" and tensor.untyped_storage()._cdata not in self.alive:
+                    self.note(tensor.untyped_storage())
+        return out
+
+    def collective(self, name, args):
+        kind = self.KINDS.get(name.partition("::")[2], name)
+        group = next(group for group in map(self.group_of, args) if group)
+        size = max(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+        stage = self.stage
+        if stage == "passes" and kind != "all-reduce":
+            stage = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+        entry = self.sent[stage, kind, self.ranks.names[group.group_name]]
+        entry[0] += 1  # and what a rank sends, in a ring where there is a choice
+        entry[1] += size * (group.size() - 1) / group.size() * (2 if kind == "all-reduce" else 1)
+
+    @staticmethod
+    def group_of(argument):
+        """The process group that an operator was given, by name or in a box; None for other arguments."""
+        if isinstance(argument, str):
+            return dist.distributed_c10d._resolve_process_group(argument)
+        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
+            return dist.ProcessGroup.unbox(argument)
+        return None
+
+
+def dry_step(run, cfg):
+    """(ledger, bytes by part, model, micro-batches) of a step with two micro-batches, one where there are no
+    more. Routing is balanced; what depends on the device goes the CPU's way, but in bf16."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ranks, run = Alike(run.world, run.ep), dataclasses.replace(run, dtype="bf16")
+    job = Job(run, cfg, None, ranks.device, None, None, ranks)
+    visits, few = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, min(2, micro_batches(run))
+    even = [visits * (rank + 1) // run.ep - visits * rank // run.ep for rank in range(run.ep)]
+    try:
+        with torch.device("meta"):
+            model = KimiK2(cfg)
+        ranks.shard(model)
+        model.train().recompute = run.recompute
+        for module in model.modules():
+            if isinstance(module, ExpertParallel):
+                module.split_sizes = lambda load: even
+        with FakeTensorMode(allow_non_fake_inputs=True), Ledger(ranks) as ledger:
+            model.to_empty(device="cpu")
+            model.init_buffers()
+            held = {"weights": ledger.live}
+            opt = ranks.optimizer(model, kind=run.optimizer, ns_dtype=torch.bfloat16)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            held["gradients"] = ledger.live - held["weights"]
+            opt.step()  # its state is there before any later step
+            held["optimizer"] = ledger.live - sum(held.values())
+            opt.zero_grad()
+            ledger.begin("passes")
+            tokens = torch.zeros(few * run.micro_batch, run.seq_len, dtype=torch.int64)
+            loss = accumulate(model, job, (tokens, tokens))
+            ledger.stage = "update"
+            update(model, opt, job, loss, run.lr)
+    finally:
+        dist.destroy_process_group()
+    return ledger, held, model, few
+
+
+def micro_batches(run):
+    """Of a step on each rank."""
+    return max(1, run.batch_size // (run.world * run.micro_batch))
+
+
+def dry_run(run, cfg):
+    """The step of one rank of many, line by line: shapes, collectives, memory beside the plan's."""
+    if not run.world or run.world % run.ep:
+        raise UserError(f"--dry_run needs --world N, a multiple of --ep {run.ep}")
+    if run.dtype == "fp32":
+        raise UserError("--dry_run computes in bf16: fake tensors know the experts' products in no other")
+    (ledger, held, model, few), GiB, many = dry_step(run, cfg), 2**30, micro_batches(run)
+    yield line("rank 0", f"of {run.world:,}, dp {run.world // run.ep} x ep {run.ep}; a step of {many:,} "
+                         f"micro-batches of {run.micro_batch} x {run.seq_len:,} tokens, bf16")
+    yield ""
+    shapes = collections.Counter()
+    for name, p in model.named_parameters():
+        shapes[re.sub(r"layers\.\d+\.", "layers.N.", name), tuple(p.shape), tuple(local(p).shape)] += 1
+    yield f"{'parameter':54s}{'layers':>6s}{'gathered':>20s}{'held':>20s}"
+    for (name, whole, here), count in shapes.items():
+        yield f"{name:54s}{count:6d}{whole!s:>20s}{here!s:>20s}"
+    yield ""
+    yield line("collectives", "over", "kind", "count", "GB sent each", "GB in a step")
+    for (stage, kind, over), (count, size) in ledger.sent.items():
+        n, times = (count // few, many) if stage in ("forward", "backward") else (count, 1)
+        yield line("  " + stage, over, kind, f"{n:,} x {times:,}", f"{size / count / 1e9:,.4f}",
+                   f"{size / count * n * times / 1e9:,.3f}")
+    yield ""
+    planned, here = gpu_memory(run, cfg, run.world, run.ep, run.seq_len), max(ledger.peaks.values())
+    yield line("GiB of rank 0", "here", "planned")
+    for part, size in held.items():
+        yield line("  " + part, f"{size / GiB:,.3f}", f"{planned[part] / GiB:,.3f}")
+    yield line("  gathered, activations", f"{(here - sum(held.values())) / GiB:,.3f}",
+               f"{(planned['gathered'] + planned['activations']) / GiB:,.3f}")
+    planned = sum(planned.values())
+    yield line("  all", f"{here / GiB:,.3f}", f"{planned / GiB:,.3f}", f"{planned / here - 1:+.1%}")
+    yield line("  most in a pass", f"{ledger.peaks['passes'] / GiB:,.3f}")
+    yield line("  most in the update", f"{ledger.peaks['update'] / GiB:,.3f}")
+
+
+def local(p):
+    """What this rank holds of a parameter."""
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
 # ==================================================================================================
 # 7  Stages
 # ==================================================================================================
@@ -5902,30 +6758,30 @@ def pretrain(job):
     course = phases(run, job.cfg, job.data)
     torch.manual_seed(run.seed)
     with job.device:
-        model = KimiK2(job.cfg)
+        model = job.ranks.build(job.cfg)
     model.recompute = run.recompute
-    opt = MuonClip(model, lr=run.lr, weight_decay=run.weight_decay, momentum=run.momentum, tau=run.tau,
-                   kind=run.optimizer)
+    twin, opt = job.ranks.twin(model), job.ranks.optimizer(
+        model, lr=run.lr, weight_decay=run.weight_decay, momentum=run.momentum, tau=run.tau,
+        kind=run.optimizer)
     compile_blocks(model, job)
 
     def batch_of(step, phase):
         return job.data.batch(run.seed, step, phase.rows, phase.seq_len, job.device,
-                              phase.weights_at(step))
+                              phase.weights_at(step), job.ranks.rows(phase.rows))
 
     def evaluate(step, phase):
         last = step == course[-1].end
-        row = {"val_bpb": bits_per_byte(model, job, run.eval_tokens * (FINAL_EVAL if last else 1)),
-               "sample": sample_text(model, job, step)}
+        row = {"val_bpb": bits_per_byte(twin, job, run.eval_tokens * (FINAL_EVAL if last else 1)),
+               "sample": sample_text(twin, job, step)}
         if step == phase.end and phase.name in ("long", "yarn"):
             when = "before YaRN" if phase.name == "long" else "after YaRN"
-            row["long_context"] = {"when": when, **long_context(model, job)}
+            row["long_context"] = {"when": when, **long_context(twin, job)}
         if last and (world := training_world(job.out)):
-            row["recall"] = recall(model, job.tok, world)
+            row["recall"] = recall(twin, job.tok, world)
         return row
 
-    progress = fit("pretrain", job, model, opt, course, batch_of, evaluate, lambda step: wsd(step, run))
-    save_pretrained(model, job.tok, job.out / "model_base")
-    save_pretrained(model, job.tok, job.out / "model")
+    progress = fit("pretrain", job, model, twin, opt, course, batch_of, evaluate, lambda step: wsd(step, run))
+    job.ranks.save_pretrained(model, job.tok, job.out / "model_base", job.out / "model")
     final = read_metrics(job.out)[-1]
     facts = {"pretrain": {
         "tokens": progress.tokens, "val_bpb": final["val_bpb"], "max_logit": progress.max_logit,
@@ -5960,13 +6816,14 @@ def sft(job):
     if not (base / "config.json").exists():
         raise UserError(f"sft: no model in {base}; run the pretrain stage first, or give --base FOLDER")
     torch.manual_seed(run.seed)
-    model, _ = load_pretrained(base, job.device)
+    model, _ = load_pretrained(base, job.device, shard=job.ranks.shard)
     model.recompute = run.recompute
     rows = max(1, run.batch_size * run.seq_len // run.sft_len)
     dialogs = Dialogs(sft_sources(job), job.tok, run.sft_weights, run.seed, rows * run.sft_steps, run.sft_len)
-    if dialogs.cut:
+    if dialogs.cut and job.ranks.first:
         print(f"note: {dialogs.cut} dialogs are longer than --sft_len {run.sft_len} and were cut")
-    opt = MuonClip(model, lr=run.sft_lr, weight_decay=run.weight_decay, momentum=run.momentum, kind="muon")
+    twin, opt = job.ranks.twin(model), job.ranks.optimizer(
+        model, lr=run.sft_lr, weight_decay=run.weight_decay, momentum=run.momentum, kind="muon")
     compile_blocks(model, job)
     context = model.cfg.max_position_embeddings, model.cfg.rope_scaling
     course = [Phase("sft", 0, run.sft_steps, rows, run.sft_len, {}, context, 0.0)]
@@ -5974,20 +6831,22 @@ def sft(job):
     def evaluate(step, phase):
         if 0 < step < run.sft_steps:
             few = ("single", "new_tool", "new_domain")
-            return {"success": tool_success(model, job, min(50, run.tool_tasks), few)[0]}
-        row = dict(zip(("success", "transcript"), tool_success(model, job, run.tool_tasks)))
+            return {"success": tool_success(twin, job, min(50, run.tool_tasks), few)[0]}
+        row = dict(zip(("success", "transcript"), tool_success(twin, job, run.tool_tasks)))
         if step == run.sft_steps and job.data:
-            row["val_bpb"] = bits_per_byte(model, job, run.eval_tokens)
+            row["val_bpb"] = bits_per_byte(twin, job, run.eval_tokens)
             if world := training_world(job.out):
-                row["recall"] = recall(model, job.tok, world[:: max(1, len(world) // 40)])
+                row["recall"] = recall(twin, job.tok, world[:: max(1, len(world) // 40)])
         return row
 
     schedule = dataclasses.replace(run, steps=run.sft_steps, lr=run.sft_lr, decay=0.5,
                                    warmup=min(10, run.sft_steps // 5))
-    progress = fit("sft", job, model, opt, course, lambda step, phase: dialogs.batch(step, rows, job.device),
-                   evaluate, lambda step: wsd(step, schedule))
-    save_pretrained(model, job.tok, job.out / "model_sft")
-    save_pretrained(model, job.tok, job.out / "model")
+
+    def batch_of(step, phase):
+        return dialogs.batch(step, rows, job.device, job.ranks.rows(rows))
+
+    progress = fit("sft", job, model, twin, opt, course, batch_of, evaluate, lambda step: wsd(step, schedule))
+    job.ranks.save_pretrained(model, job.tok, job.out / "model_sft", job.out / "model")
     measured = [row for row in read_metrics(job.out) if row["stage"] == "sft" and "success" in row]
     first, final = measured[0], measured[-1]
     facts = {"success": {"base": first["success"], "sft": final["success"]},
@@ -6004,7 +6863,7 @@ def rl(job):
     """Reinforcement learning on the gym, with the model as its own critic (R 3.2); leaves model_rl/. An
     iteration plays rollouts and makes `rl_updates` steps with Muon on: the objective, the language-modelling
     loss on dialogs and text (PTX), the critic's loss on fresh pairs of known order (the closed loop)."""
-    run = job.run
+    run, ranks = job.run, job.ranks
     job = dataclasses.replace(job, run=dataclasses.replace(
         run, eval_every=max(1, run.rl_steps // 2), save_every=max(1, run.save_every // 10)))
     own = job.out / "model_sft"
@@ -6012,33 +6871,37 @@ def rl(job):
     if not (start / "config.json").exists():
         raise UserError(f"rl: no model in {start}; run the sft stage first, or give --base FOLDER")
     began = time.perf_counter()
-    model, _ = load_pretrained(start, job.device)
+    model, _ = load_pretrained(start, job.device, shard=ranks.shard)
     model.recompute = run.recompute
-    toolbox, _ = toolbox_of(run)
-    with job.autocast():
-        pool, pairs = choose_prompts(job, model, toolbox)
+    toolbox, twin = toolbox_of(run)[0], ranks.twin(model)
+    with job.autocast(), ranks.whole(model, twin), ranks.one_by_one():
+        pool, pairs = choose_prompts(job, twin, toolbox)
     rows = max(1, 2048 // run.sft_len)
     sources = {name: dialogs[:400] for name, dialogs in sft_sources(job).items()}
     dialogs = Dialogs(sources, job.tok, run.sft_weights, run.seed, rows * run.rl_steps, run.sft_len)
-    opt = MuonClip(model, lr=run.rl_lr, weight_decay=run.weight_decay, momentum=run.momentum, kind="muon")
+    opt = ranks.optimizer(model, lr=run.rl_lr, weight_decay=run.weight_decay, momentum=run.momentum,
+                          kind="muon")
     compile_blocks(model, job)
-    controller, examiner = Controller(model, job, pool, toolbox), Controller(model, job, {}, toolbox)
+    controller, examiner = Controller(twin, job, pool, toolbox), Controller(twin, job, {}, toolbox)
     context = model.cfg.max_position_embeddings, model.cfg.rope_scaling
     course = [Phase("rl", 0, run.rl_steps, 0, 0, {}, context, 0.0)]
 
     def batch_of(step, phase):
-        with job.autocast():
+        with job.autocast(), ranks.whole(model, twin, everywhere=True) as seconds:
             groups, known, figures = controller.iteration(step)
-        others = [(dialogs.batch(step, rows, job.device), run.ptx_weight)]
+        if ranks.many:
+            figures["gather_seconds"] = round(seconds, 3)  # of the weights, from shards
+        others = [(dialogs.batch(step, rows, job.device, ranks.rows(rows)), run.ptx_weight)]
         if job.data:
-            text = job.data.batch(run.seed, step, max(1, 2048 // run.seq_len), run.seq_len, job.device)
+            n = max(1, 2048 // run.seq_len)
+            text = job.data.batch(run.seed, step, n, run.seq_len, job.device, mine=ranks.rows(n))
             others = [(others[0][0], run.ptx_weight / 2), (text, run.ptx_weight / 2)]
         if known:
             told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known[:8]
                     for order, best in (((better, worse), "A"), ((worse, better), "B"))]
-            others.append((padded(told, job.tok, job.device), run.critic_weight))
+            others.append((ranks.mine(padded(told, job.tok, job.device)), run.critic_weight))
         ids = torch.tensor([i for group in groups for rollout, _ in group for i in rollout.ids])
-        return ids, groups, [(batch, weight) for batch, weight in others if weight], figures
+        return *ranks.mine((ids,)), groups, [(batch, weight) for batch, weight in others if weight], figures
 
     def learn(model, opt, job, batch, lr):
         _, groups, others, figures = batch
@@ -6057,18 +6920,17 @@ def rl(job):
         row = {"gym": {domain: sum(found) / n for domain, found in hits.items()}}
         row |= {"critic": right, "critic_bias": bias - 0.5}
         if job.data:
-            row["val_bpb"] = bits_per_byte(model, job, run.eval_tokens)
+            row["val_bpb"] = bits_per_byte(twin, job, run.eval_tokens)
         if step in (0, run.rl_steps):
             row["hits"] = {domain: "".join(map(str, found)) for domain, found in hits.items()}
         if step == run.rl_steps:
-            row |= dict(zip(("success", "transcript"), tool_success(model, job, run.tool_tasks)))
+            row |= dict(zip(("success", "transcript"), tool_success(twin, job, run.tool_tasks)))
             if job.data and (world := training_world(job.out)):
-                row["recall"] = recall(model, job.tok, world[:: max(1, len(world) // 40)])
+                row["recall"] = recall(twin, job.tok, world[:: max(1, len(world) // 40)])
         return row
 
-    fit("rl", job, model, opt, course, batch_of, evaluate, lambda step: run.rl_lr, learn, controller)
-    save_pretrained(model, job.tok, job.out / "model_rl")
-    save_pretrained(model, job.tok, job.out / "model")
+    fit("rl", job, model, twin, opt, course, batch_of, evaluate, lambda step: run.rl_lr, learn, controller)
+    ranks.save_pretrained(model, job.tok, job.out / "model_rl", job.out / "model")
     rows = [row for row in read_metrics(job.out) if row["stage"] == "rl"]
     final, facts = rows[-1], {"rl": rl_facts(rows, run.rl_tasks), "success": {"rl": rows[-1]["success"]}}
     if "recall" in final:
@@ -6432,6 +7294,7 @@ def plot_tuning(out, rows):
 def plot_rl(out, rows):
     """Rewards by domain, held-out success, length and truncation, the critic."""
     trained, measured = [row for row in rows if "reward" in row], [row for row in rows if "gym" in row]
+    colours = {domain: f"C{number}" for number, domain in enumerate(TASK_BUDGETS)}
 
     def curve(axes, found, key, name=None, scale=1, **how):
         points = [(row["step"], row[key] if name is None else row[key].get(name)) for row in found]
@@ -6440,12 +7303,12 @@ def plot_rl(out, rows):
 
     def rewards(axes):
         for domain in sorted({domain for row in trained for domain in row["rewards"]}):
-            curve(axes, trained, "rewards", domain)
+            curve(axes, trained, "rewards", domain, color=colours[domain])
         axes.set_ylim(0, 1)
 
     def success(axes):
         for domain in measured[0]["gym"]:
-            curve(axes, measured, "gym", domain, marker="o", ms=3)
+            curve(axes, measured, "gym", domain, marker="o", ms=3, color=colours[domain])
         curve(axes, measured, "critic", color="black", ls=":", label="critic")
         axes.set_ylim(0, 1)
 
@@ -6629,12 +7492,11 @@ def open_run(run_fields, model_fields, resume):
     return run, cfg
 
 
-def train(run, cfg, stage=None):
+def train(run, cfg, stage, ranks):
     """One stage of a run, or all of them, each continued where it stopped; a finished one is not repeated."""
     out, began = Path(run.out), time.perf_counter()
     if run.threads:
         torch.set_num_threads(run.threads)
-    device = pick_device(run.device)
     if run.base:
         if stage not in ("tools", "sft", "rl"):
             raise UserError("--base is for the stages tools, sft and rl: its model is not pretrained again")
@@ -6642,14 +7504,15 @@ def train(run, cfg, stage=None):
         tok = Tokenizer.load(run.base)
         (out / "data").mkdir(exist_ok=True)
     else:
-        tok = prepare_data(run, cfg, out)
+        with ranks.one_by_one():
+            tok = prepare_data(run, cfg, out)
         data = TokenFiles(out / "data", run.domain_weights, run.anneal_weights)
     if tok.n_vocab < cfg.vocab_size:
         print(
             f"note: this text has only {tok.n_vocab} tokens to offer, fewer than vocab_size {cfg.vocab_size}"
         )
         cfg = dataclasses.replace(cfg, vocab_size=tok.n_vocab)
-    job = Job(run, cfg, out, device, tok, data)
+    job = Job(run, cfg, out, ranks.device, tok, data, ranks)
     if data:
         about = json.loads((out / "data" / "index.json").read_text(encoding="utf-8"))
         finish(job, "data", lambda job: (time.perf_counter() - began, {"rephrase": about["rephrase"]["all"]}))
@@ -6667,17 +7530,25 @@ def train(run, cfg, stage=None):
 def finish(job, stage, work):
     """Do a stage of a run, unless it is done, and report it. `work(job)` gives seconds and figures."""
     left = {"pretrain": "model_base", "sft": "model_sft", "rl": "model_rl"}.get(stage, "data")
-    if stage not in read_report(job.out).get("seconds", {}) or not (job.out / left).exists():
-        write_report(job, stage, *work(job))
+    ranks, done = job.ranks, stage in read_report(job.out).get("seconds", {}) and (job.out / left).exists()
+    if ranks.agree(not done) and (ranks.first or left != "data"):  # one rank is enough for data
+        seconds_and_facts = work(job)
+        if ranks.first:
+            write_report(job, stage, *seconds_and_facts)
+    ranks.wait()
 
 
 def main(argv=None):
     command, run_fields, model_fields = parse_command(sys.argv[1:] if argv is None else argv)
     try:
-        if command["plan"]:
-            print(plan(*configure(run_fields, model_fields)))
-        else:
-            train(*open_run(run_fields, model_fields, command["resume"]), command["stage"])
+        for what, show in (("plan", plan), ("dry_run", dry_run)):
+            if command[what]:
+                return print("\n".join(show(*configure(run_fields, model_fields))))
+        ranks = Ranks(pick_device(run_fields.get("device", "auto")), run_fields.get("ep", 1))
+        with ranks.speaking():
+            with ranks.one_by_one():
+                run, cfg = open_run(run_fields, model_fields, command["resume"])
+            train(run, cfg, command["stage"], ranks)
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; nothing was half-written, the same command goes on from here")
     except (UserError, ValueError, FileNotFoundError) as error:

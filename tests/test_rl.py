@@ -161,6 +161,7 @@ class OneJob:
     def __init__(self, **fields):
         run, _ = train.configure({"preset": "nano", "aux_alpha": 0.0, **fields}, {})
         self.run, self.device, self.autocast = run, torch.device("cpu"), contextlib.nullcontext
+        self.ranks = train.Ranks()
 
 
 @pytest.mark.parametrize("length", [1, 200])
@@ -628,7 +629,7 @@ def test_killed_while_it_explores_resumes_bit_identical(recipe, finished, tmp_pa
     """Killed with answers under way, and once more before the end."""
     out = shutil.copytree(recipe("sft"), tmp_path / "killed")
     for step in (2, 4):
-        checkpoint = out / "ckpt" / f"rl_{step:08d}.safetensors"
+        checkpoint = out / "ckpt" / f"rl_{step:08d}"
         assert kill_when(checkpoint.exists, *SMALL, "--out", out)
     assert_resumed_is_the_same(out, finished)
 
