@@ -4465,7 +4465,7 @@ def tool_documents(run, count=5_000):
                 named += [name for name, _ in calls]
             lines.append((filled(task.answer, results), True))
         if lines:
-            named = sorted(set(named), key=lambda _: rng.random())
+            named = sorted(dict.fromkeys(named), key=lambda _: rng.random())
             yield page("tools", f"tools/{number}", [(" ".join(named), False), *lines])
 
 
