@@ -14,23 +14,24 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 
 import pytest  # noqa: E402
-from runs import SMALL, run  # noqa: E402
+from runs import SMALL  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
-    """recipe(stage): the folder of the small run up to that stage, uninterrupted. Copy it to change it."""
+    """recipe(stage): the folder of the small run up to that stage, uninterrupted. Copy it to change it.
+
+    It is started as people start it; the forked runs that are compared with it hash strings otherwise."""
     folder = tmp_path_factory.mktemp("recipe")
 
     @functools.cache
     def upto(stage):
         out = folder / stage
-        if stage == "pretrain":  # as people start it; other runs are forked, and test_train.py compares
-            command = [sys.executable, TESTS.parent / "train.py", stage, *SMALL, "--out", out]
-            subprocess.run(command, check=True, capture_output=True)
-            return out
-        shutil.copytree(upto({"sft": "pretrain", "rl": "sft"}[stage]), out)
-        done = run(*([stage] if stage == "sft" else []), *SMALL, "--out", out)  # no stage: all that is left
+        if stage != "pretrain":
+            shutil.copytree(upto({"sft": "pretrain", "rl": "sft"}[stage]), out)
+        named = [] if stage == "rl" else [stage]  # none: all that is left
+        done = subprocess.run([sys.executable, TESTS.parent / "train.py", *named, *SMALL, "--out", out],
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return out
 

@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload(["warm"])
 # every stage, every phase of pretraining, 60 steps of it; checkpoints where the context changes, at 50 and 55
 SMALL = """--preset nano --threads 1 --device cpu --max_documents 8 --steps 45 --anneal_steps 5 --long_steps 5
 --yarn_steps 5 --yarn_factor 16 --eval_every 60 --save_every 5 --needles 2 --tools 200 --trajectories 40
---tool_tasks 3 --sft_steps 12 --rl_steps 5 --rl_pool 3 --rl_tasks 3 --rl_segment 8""".split()
+--tool_tasks 1 --sft_steps 12 --rl_steps 5 --rl_pool 3 --rl_tasks 3 --rl_segment 8""".split()
 
 
 def program(arguments, streams, largest_file):
@@ -75,9 +75,9 @@ class Run:
         return self.streams[1].read_text(encoding="utf-8")
 
 
-def run(*arguments, **limits):
+def run(*arguments, **more):
     """A run from its start to its end."""
-    return Run(*arguments, **limits).wait()
+    return Run(*arguments, **more).wait()
 
 
 def kill_when(moment, *arguments):

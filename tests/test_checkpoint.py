@@ -633,7 +633,7 @@ from kimi_k2 import KimiConfig, KimiK2, Tokenizer, save_pretrained
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails with EFBIG instead
 tok = Tokenizer.train((f"word{i} {i * i}" for i in range(3000)), vocab_size=1024)
 n_json = len(tok.to_tokenizer_json())
-results = []
+results, folders = [], sys.argv[1:]
 for limit, tokenizer, widths in (
     (1_000, None, dict(vocab_size=512)),  # not even the first weight file fits
     (40_000, None, dict(vocab_size=512, intermediate_size=2000)),  # a later one does not
@@ -641,39 +641,32 @@ for limit, tokenizer, widths in (
 ):
     model = KimiK2(KimiConfig.preset("nano", **{"hidden_size": 16, **widths}))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-        save_pretrained(model, tokenizer, sys.argv[1], max_shard_bytes=n_json // 2)
-        result = "saved"
-    except OSError as error:
-        result = f"OSError: {error}"
-    results.append([result, sorted(os.listdir(os.path.dirname(sys.argv[1])))])
+    for folder in folders:
+        try:
+            save_pretrained(model, tokenizer, folder, max_shard_bytes=n_json // 2)
+            result = "saved"
+        except OSError as error:
+            result = f"OSError: {error}"
+        results.append([folder, result, os.listdir(os.path.dirname(folder))])
 print(json.dumps(results))
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
-def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(folder):
-    """A limit on file size stands for a full disk: hit at once, in the middle, at the very end."""
-    results = run_python(FULL_DISK, folder)
-    assert len(results) == 3
-    for message, names in results:
-        assert (
-            message.startswith(f"OSError: could not save {folder}")
-            and "too large" in message.lower()
-        )
-        assert names == [folder.name]
-    model, tok = load_pretrained(folder)
-    assert_same_weights(model, new_model())
-    assert tok.ranks == bytes_tokenizer().ranks
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
-def test_a_kill_between_the_two_renames_loses_nothing(folder):
-    """Then only the old model's other name is left; a save that fails must not remove that one."""
-    folder.rename(folder.with_name(folder.name + ".old"))
-    assert all(message.startswith("OSError") for message, _ in run_python(FULL_DISK, folder))
-    (survivor,) = folder.parent.iterdir()
-    assert_same_weights(load_pretrained(survivor)[0], new_model())
+def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(folder, tmp_path_factory):
+    """A limit on file size stands for a full disk: hit at once, in the middle, at the very end. After a kill
+    between the two renames only the old model's other name is left: it must not be lost either."""
+    killed = tmp_path_factory.mktemp("killed") / "model"
+    shutil.copytree(folder, killed.with_name("model.old"))
+    results = run_python(FULL_DISK, folder, killed)
+    assert len(results) == 2 * 3
+    for where, message, names in results:
+        assert message.startswith(f"OSError: could not save {where}") and "too large" in message.lower()
+        assert len(names) == 1
+    for survivor in (folder, *killed.parent.iterdir()):
+        model, tok = load_pretrained(survivor)
+        assert_same_weights(model, new_model())
+        assert tok.ranks == bytes_tokenizer().ranks
 
 
 MEMORY = """

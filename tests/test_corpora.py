@@ -40,6 +40,7 @@ def size(documents, split):
 
 
 def test_documents_are_the_same_in_another_process(web, code):
+    """All the toy's texts; strings hash otherwise there."""
     line = (
         "import train as c, zlib; d = c.web_documents() + c.code_documents() + "
         "c.math_documents(3, 50) + c.knowledge_documents(3, 50); r = c.RunConfig(tools=300); "

@@ -187,7 +187,7 @@ def own_file(path):
 def test_own_dialogs_are_learned_from_a_base_of_ones_own(finished, tmp_path):
     own_file(tmp_path / "own.jsonl")
     done = run("sft", *SMALL, "--base", finished / "model_base", "--data", tmp_path / "own.jsonl",
-               "--sft_steps", 60, "--eval_every", 60, "--out", tmp_path / "run")
+               "--sft_steps", 60, "--sft_len", 128, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     skipped = [line for line in done.stderr.splitlines() if "skipped" in line]
     assert len(skipped) == 6 and all("own.jsonl line" in line for line in skipped)
