@@ -541,6 +541,7 @@ def bench(model, tok, args, generator):
 
 
 def build_parser():
+    """Flags for one prompt, for a chat and for the benchmark."""
     parser = OneLineParser("sample.py", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -567,6 +568,7 @@ def build_parser():
 
 
 def main(argv=None):
+    """The command line: complete, chat or measure."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:

@@ -294,6 +294,7 @@ def value_of(text, kind):
 
 
 def build_parser():
+    """Every field of both configurations is a flag; what is not given is absent from the result."""
     parser = OneLineParser("train.py", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="?", choices=STAGES, help="one stage alone; none: all of them")
@@ -468,6 +469,7 @@ def smallest_world(run, cfg):
 
 
 def line(name, *cells):
+    """A row of the plan, in columns."""
     return f"{name:24s}" + "".join(f"{cell:>16s}" for cell in cells)
 
 
@@ -481,6 +483,7 @@ def plan(run, cfg):
 
 
 def plan_model(cfg):
+    """Parameters by part, and the cache."""
     n = count_parameters(cfg)
     yield line("parameters", f"{n.total:,} in all, {n.active:,} active")
     for part in ("embedding", "attention", "dense", "routed_experts", "shared_experts", "router", "norms"):
@@ -489,6 +492,7 @@ def plan_model(cfg):
 
 
 def plan_run(run, cfg, world):
+    """FLOPs of each phase; then hours, energy and money for all of them."""
     n, total, flops = count_parameters(cfg), 0, 0
     yield line("phase", "length", "steps", "tokens", "FLOPs a token", "hours")
     speed = world * run.mfu * run.gpu_tflops * 1e12
@@ -496,12 +500,12 @@ def plan_run(run, cfg, world):
         tokens, each = (phase.end - phase.start) * phase.rows * phase.seq_len, n.train_flops(phase.seq_len)
         total, flops = total + tokens, flops + tokens * each
         yield line("  " + phase.name, f"{phase.seq_len:,}", f"{phase.end - phase.start:,}",
-                      f"{tokens / 1e9:,.3f} B", f"{each:.4g}", f"{tokens * each / speed / 3600:,.2f}")
+                   f"{tokens / 1e9:,.3f} B", f"{each:.4g}", f"{tokens * each / speed / 3600:,.2f}")
     hours = flops / speed / 3600
     yield line("tokens", f"{total / 1e9:,.3f} B, {run.batch_size * run.seq_len:,} a step")
     yield line("FLOPs of the run", f"{flops:.4g}")
     yield line("time", f"{hours:,.2f} h on {world:,} GPUs at {run.mfu:.0%} of {run.gpu_tflops:g} TFLOP/s, "
-                          f"{world * hours:,.2f} GPU hours")
+               f"{world * hours:,.2f} GPU hours")
     yield line("energy", f"{world * hours * run.gpu_watts / 1e6:,.4g} MWh at {run.gpu_watts:g} W a GPU")
     yield line("cost", f"${world * hours * run.gpu_hour:,.2f} at ${run.gpu_hour:g} a GPU hour")
 
@@ -525,17 +529,17 @@ def plan_memory(run, cfg, world, ep):
     for row in table:
         yield line(*row if world > 1 else row[: 1 + len(lengths)])
     yield line("ours", f"{world:,} GPUs, ep {ep}, dp {world // ep}; fp32 states in shares; "
-                       f"{'blocks recomputed' if run.recompute else 'nothing recomputed'}, no offload")
+               f"{'blocks recomputed' if run.recompute else 'nothing recomputed'}, no offload")
     if world == 1:
         return
     yield line("report's", f"16 stages x ep 16; {6 * n.total / 1e12:,.3f} TB of bf16 weights and fp32 "
-                           "gradients over 256 GPUs (R 2.4: about 6)")
+               "gradients over 256 GPUs (R 2.4: about 6)")
     yield line("", f"its optimizer over {replicas} replica(s), over many all states are about 30 GB a GPU; "
-                   "activations go to the CPU")
+               "activations go to the CPU")
     sent, tokens = sum(gpu_traffic(run, cfg, world, ep).values()), run.micro_batch * run.seq_len
     there, here = sent / run.gpu_gbps / 1e9, tokens * n.train_flops(run.seq_len) / run.gpu_tflops / 1e12
     yield line("traffic", f"{sent / 1e9:,.2f} GB that a GPU sends in a micro-batch of {tokens:,} tokens: "
-                          f"{there:,.2f} s at {run.gpu_gbps:g} GB/s;")
+               f"{there:,.2f} s at {run.gpu_gbps:g} GB/s;")
     verdict = "traffic hides in it" if there * run.mfu < here else f"at most {here / there:.0%} are reached"
     yield line("", f"its arithmetic takes {here / run.mfu:,.2f} s at {run.mfu:.0%}; {verdict}")
 
@@ -551,7 +555,7 @@ def plan_serving(run, cfg):
     gpus = run.serve_gpus or 8 * math.ceil(experts / left / 8)
     weights = rest + experts / gpus
     yield line("serving", f"{gpus} GPUs, {run.serve_bytes:g} B a weight: {weights / GiB:,.2f} GiB of "
-                          f"{run.gpu_gib:g} on each; a user's cache is on one")
+               f"{run.gpu_gib:g} on each; a user's cache is on one")
     yield line("  context", "GiB a user", "users", "tokens/s a user", "tokens/s, all", "$ rented a M")
     for length in sorted({min(4096, cfg.max_position_embeddings), min(32_768, cfg.max_position_embeddings),
                           cfg.max_position_embeddings}):
@@ -562,14 +566,14 @@ def plan_serving(run, cfg):
                           users * n.decode_flops(length) / run.gpu_tflops / 1e12)
             all_of_them = users * gpus / seconds
             yield line(f"  {length:,}", f"{cache / GiB:,.3f}", f"{users * gpus:,}", f"{1 / seconds:,.1f}",
-                          f"{all_of_them:,.0f}", f"{gpus * run.gpu_hour / all_of_them / 3600 * 1e6:,.3f}")
+                       f"{all_of_them:,.0f}", f"{gpus * run.gpu_hour / all_of_them / 3600 * 1e6:,.3f}")
         else:
             yield line(f"  {length:,}", f"{cache / GiB:,.3f}", "no room")
     yield line("", f"at most: what memory at {run.gpu_tbps:g} TB/s and {run.gpu_tflops:g} TFLOP/s allow")
     power, rent = gpus * run.gpu_watts / 1000 * run.kwh_price, gpus * run.gpu_hour
     own = gpus * run.gpu_price / (run.gpu_years * 8760)
     yield line("owning", f"${own + power:,.2f} an hour: ${gpus * run.gpu_price:,.0f} over {run.gpu_years:g} "
-                         f"years, power at ${run.kwh_price:g} a kWh")
+               f"years, power at ${run.kwh_price:g} a kWh")
     share = own / (rent - power) if rent > power else math.inf
     yield line("renting", f"${rent:,.2f} an hour; " + (
         f"dearer than owning when needed for more than {share:.0%} of the hours" if share <= 1 else
@@ -6721,7 +6725,7 @@ def dry_run(run, cfg):
         raise UserError("--dry_run computes in bf16: fake tensors know the experts' products in no other")
     (ledger, held, model, few), GiB, many = dry_step(run, cfg), 2**30, micro_batches(run)
     yield line("rank 0", f"of {run.world:,}, dp {run.world // run.ep} x ep {run.ep}; a step of {many:,} "
-                         f"micro-batches of {run.micro_batch} x {run.seq_len:,} tokens, bf16")
+               f"micro-batches of {run.micro_batch} x {run.seq_len:,} tokens, bf16")
     yield ""
     shapes = collections.Counter()
     for name, p in model.named_parameters():
@@ -6839,9 +6843,9 @@ def sft(job):
             few = ("single", "new_tool", "new_domain")
             return {"success": tool_success(twin, job, min(50, run.tool_tasks), few)[0]}
         row = dict(zip(("success", "transcript"), tool_success(twin, job, run.tool_tasks)))
-        if step == run.sft_steps and job.data:
+        if job.data:
             row["val_bpb"] = bits_per_byte(twin, job, run.eval_tokens)
-            if world := training_world(job.out):
+            if step and (world := training_world(job.out)):
                 row["recall"] = recall(twin, job.tok, world[:: max(1, len(world) // 40)])
         return row
 
@@ -6859,7 +6863,7 @@ def sft(job):
              "transcript": final["transcript"],
              "sft": {"tokens": progress.tokens, "dialogs": len(dialogs.dialogs)}}
     if "val_bpb" in final:
-        facts["sft"]["val_bpb"] = final["val_bpb"]
+        facts["sft"] |= {"val_bpb_before": first["val_bpb"], "val_bpb": final["val_bpb"]}
     if "recall" in final:
         facts["recall"] = {"sft": final["recall"]["all"]}
     return progress.seconds, facts
@@ -7545,6 +7549,7 @@ def finish(job, stage, work):
 
 
 def main(argv=None):
+    """The command line: plan, dry-run, or train; errors of the user are one line."""
     command, run_fields, model_fields = parse_command(sys.argv[1:] if argv is None else argv)
     try:
         for what, show in (("plan", plan), ("dry_run", dry_run)):
