@@ -215,7 +215,7 @@ RUN_DEFAULTS = {
                  rl_steps=4, rl_lr=1e-3, rl_prompts=14, rl_samples=4, rl_budget=24, rl_segment=12, rl_pool=6),
     "tiny": dict(steps=1000, drill_steps=300, yarn_steps=60, batch_size=16, seq_len=128, lr=6e-3, warmup=20,
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
-                 trajectories=8000, sft_steps=800, sft_lr=2e-3, sft_len=256,
+                 trajectories=8000, sft_steps=800, sft_lr=2e-3, sft_len=512,
                  rl_steps=16, rl_lr=3e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
                  rl_pool=300),
     "mini": dict(steps=4000, batch_size=32, seq_len=512, lr=3e-3, warmup=100, tau=30.0,
@@ -3362,10 +3362,10 @@ OPERATIONS = {
         "There are {0[count]}.", ("Count every {o}.", "How many of {o} are there?")),
     "rename": Operation("object", "Rename a {o}.", {"name": "string", "new": "string"},
         lambda items, at, name, new: copy_item(items, at.object, name, new, keep=False),
-        "Done.", ("Rename {o} {name} to {new}.", "Call {o} {name} {new} from now on.")),
+        "Done.", ("Rename {o} {name} to {new}.", "Change the name of {o} {name} to {new}.")),
     "copy": Operation("object", "Copy a {o}.", {"name": "string", "new": "string"},
         lambda items, at, name, new: copy_item(items, at.object, name, new, keep=True),
-        "Done.", ("Copy {o} {name} as {new}.", "Make a copy of {o} {name} named {new}.")),
+        "Done.", ("Copy {o} {name} to {new}.", "Copy the {o} {name} to {new}.")),
 }
 
 
@@ -3639,10 +3639,10 @@ def multiple(rng, tables):
 
 
 WISHES = {  # what users want of the real tools: requests, arguments drawn for (rng, tables), answer
-    "add": (("What is {a} plus {b}?", "Add {a} and {b}."), two_numbers, "It is {0[result]}."),
-    "subtract": (("What is {a} minus {b}?", "Subtract {b} from {a}."), two_numbers, "It is {0[result]}."),
-    "multiply": (("What is {a} times {b}?", "Multiply {a} by {b}."), two_numbers, "It is {0[result]}."),
-    "divide": (("Divide {a} by {b}.", "What is {a} over {b}?"), multiple, "It is {0[result]}."),
+    "add": (("What is {a} plus {b}?",), two_numbers, "It is {0[result]}."),
+    "subtract": (("What is {a} minus {b}?",), two_numbers, "It is {0[result]}."),
+    "multiply": (("What is {a} times {b}?",), two_numbers, "It is {0[result]}."),
+    "divide": (("What is {a} over {b}?",), multiple, "It is {0[result]}."),
     "convert_length": (("Convert the length {value} {unit} to {to}.",), two_units("length"),
                        "It is {0[value]}."),
     "convert_weight": (("Convert the weight {value} {unit} to {to}.",), two_units("weight"),
@@ -3652,11 +3652,11 @@ WISHES = {  # what users want of the real tools: requests, arguments drawn for (
                      lambda rng, _: {"start": a_date(rng), "end": a_date(rng)}, "It is {0[days]}."),
     "add_days": (("Add {days} days to {date}.",),
                  lambda rng, _: {"date": a_date(rng), "days": new_number(rng)}, "It is {0[date]}."),
-    "write_note": (("Write the note {name}: {text}", "Write a note {name} with the text {text}."),
-                   lambda rng, _: {"name": new_item(rng), "text": f"call {rng.choice(PEOPLE)}"},
+    "write_note": (("Write the note {name}: {text}.", "Write a note {name} with the text {text}."),
+                   lambda rng, _: {"name": new_item(rng), "text": rng.choice(PEOPLE)},
                    "Done."),
     "read_note": (("Read the note {name}.",), lambda rng, tables: {"name": rng.choice(list(tables["notes"]))},
-                  "It says: {0[text]}"),
+                  "It is {0[text]}."),
     "delete_note": (("Delete the note {name}.",),
                     lambda rng, tables: {"name": rng.choice(list(tables["notes"]))},
                     "Done."),
@@ -3676,7 +3676,7 @@ WISHES = {  # what users want of the real tools: requests, arguments drawn for (
 
 def tables_for(tools, rng):
     """What these tools and the real ones find."""
-    tables = {"notes": {new_item(rng): f"call {rng.choice(PEOPLE)}" for _ in range(2)},
+    tables = {"notes": {new_item(rng): rng.choice(PEOPLE) for _ in range(2)},
               "store": {new_item(rng): rng.choice(PEOPLE) for _ in range(2)},
               "bookings": {booking_of(rng.choice(list(ROOMS)), a_date(rng), "morning"): rng.choice(PEOPLE)}}
     for tool in tools:
@@ -4482,7 +4482,7 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
     ("Put {a} to {said}.", '{{"name":"{a}","value":{n}}}', '{{"result":{n}}}', "It is now {n}."),
     ("Put {a} to {word}.", '{{"name":"{a}","value":"{word}"}}', '{{"result":"{word}"}}', "It is now {word}."),
     ("Add {said} to {a}.", '{{"name":"{a}","by":{n}}}', '{{"result":{m}}}', "It is now {m}."),
-    ("Call {a} {b}.", '{{"name":"{a}","new":"{b}"}}', '{{"named":"{b}"}}', "Done."),
+    ("Copy {a} to {b}.", '{{"name":"{a}","new":"{b}"}}', '{{"named":"{b}"}}', "Done."),
     ("Get {a}.", '{{"name":"{a}"}}', '{{"result":{m}}}', "It is {m}."),
     ("Get {a}.", '{{"name":"{a}"}}', '{{"result":"{word}"}}', "It is {word}."),
     ("Total.", "{{}}", '{{"total":{m}}}', "It is {m}."),
@@ -4499,9 +4499,9 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
     ("Get {a}. Put {b} to {said}.", '{{"name":"{a}"}}\n{{"name":"{b}","value":{n}}}',
      '{{"result":{m}}}\n{{"result":{n}}}', "It is {m}. It is now {n}."),
     ("I am {who}.", "{who}, hello."),
-    ("Put {who} under {a}.", '{{"key":"{a}","value":"{who}"}}'),
-    ("Add {said} and {more}.", '{{"a":{n},"b":{p}}}', '{{"result":{m}}}', "It is {m}."),
-    ("Give the {unit} of {said} {other}.", '{{"value":{n},"unit":"{other}","to":"{unit}"}}'),
+    ("Put {who} under {a}.", '{{"key":"{a}","value":"{who}"}}', '{{"value":"{who}"}}', "It is {who}."),
+    ("What is {said} {sign} {more}?", '{{"a":{n},"b":{p}}}', '{{"result":{m}}}', "It is {m}."),
+    ("Convert {said} {unit} to {other}.", '{{"value":{n},"unit":"{unit}","to":"{other}"}}'),
     ("Keep the {spoken}, {room}, {slot}.", '{{"date":"{date}","room":"{room}","slot":"{slot}"}}'),
     ("In {application}: {verb}, the {f} of {o}.", "functions.{application}_{verb}_{o}_{f}"),
     ("In {application}: {verb} the {f} of a {o}.", "functions.{application}_{verb}_{o}_{f}"),
@@ -4524,9 +4524,9 @@ def drill_documents(run, count=4_000):
                      "m": sum(rng.choices(list(NUMBERS), k=rng.randrange(1, 4))), "word": rng.choice(words),
                      "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
                      **dict(zip(("unit", "other"), rng.sample(units, 2))),
-                     "who": rng.choice(PEOPLE), "application": rng.choice(applications),
-                     "verb": rng.choice(list(OPERATIONS)), "o": rng.choice(list(objects)),
-                     "f": rng.choice(fields)}
+                     "who": rng.choice(PEOPLE), "sign": rng.choice(("plus", "minus", "times", "over")),
+                     "application": rng.choice(applications), "verb": rng.choice(list(OPERATIONS)),
+                     "o": rng.choice(list(objects)), "f": rng.choice(fields)}
             said = spoken(slots)
             slots |= {"said": said["n"], "more": said["p"], "spoken": said["date"].removeprefix("the ")}
             lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]
