@@ -2852,12 +2852,10 @@ def list_keys(state, prefix=""):
 @tool("search", "Look up people, towns, societies, works and fairs by name or by words that describe them.",
       query="string: a name, or words that must all apply")
 def search_world(state, query):
-    def entry(name, kind, facts):
-        labels = {grammar(kind)[fact]["label"]: facts[fact] for fact in grammar(kind)}
-        return {"name": name, "kind": NOUNS[kind], "facts": labels}
-
     hits = [entity for entity in state.world if entity["name"].casefold() == query.strip().casefold()]
-    entries = [entry(**entity) for entity in hits or state.world]
+    entries = [{"name": entity["name"], "kind": NOUNS[kind := entity["kind"]],
+                "facts": {rule["label"]: entity["facts"][fact] for fact, rule in grammar(kind).items()}}
+               for entity in hits or state.world]
     words = set(re.findall(r"\w+", query.casefold())) - {"a", "an", "the", "of", "in"}
     if not hits:
         entries = [entry for entry in entries if words and words <= set(
