@@ -2496,7 +2496,7 @@ def misfit(value, rule, where="arguments"):
             return f"{where} have no {unknown[0][:60]!r}; there are: {', '.join(known) or 'none'}"
         parts = [(item, known[name], f"{where}.{name}") for name, item in value.items()]
     else:
-        return ""
+        parts = []
     return next(filter(None, (misfit(*part) for part in parts)), "")
 
 
@@ -2527,6 +2527,9 @@ class Gate:
     def declarations(self):
         return [tool.declaration() for tool in self.tools.values()]
 
+    def permission(self, tool):
+        return self.permissions.get(tool.name, tool.permission)
+
     def call(self, name, text):
         """The result of a call as the model will read it: JSON text. `text` holds the arguments as JSON."""
         ran, arguments = False, text
@@ -2534,15 +2537,13 @@ class Gate:
             tool, arguments = self.admit(name, text)
             self.left, ran = self.left - 1, True
             result = self.execute(tool, arguments)
-            shown = compact(result)
+            compact(result)  # breaks on what is no JSON
         except ToolError as error:
             result = {"error": str(error)}
-            shown = compact(result)
         except Exception as error:  # a fault of the tool must not end the dialog, nor go unseen
             result = {"error": f"the tool broke: {type(error).__name__}: {str(error)[:80]}"}
-            shown = compact(result)
         self.log.append((name, arguments, result, ran))
-        return shown
+        return compact(result)
 
     def admit(self, name, text):
         """(Tool, arguments) of a call that may run; ToolError says why it may not."""
@@ -2561,7 +2562,7 @@ class Gate:
             raise ToolError(whole_characters(reason))
         if compact(arguments) != whole_characters(compact(arguments)):
             raise ToolError("the arguments hold half a character")
-        permission = self.permissions.get(name, tool.permission)
+        permission = self.permission(tool)
         if permission == "deny" or (permission == "ask" and not (self.ask and self.ask(tool, arguments))):
             raise ToolError(f"refused: the user does not allow {name}")
         return tool, arguments
@@ -3420,10 +3421,11 @@ class EvolvedTool(Tool):
         return cls(name, description, schema(**arguments), run, place.domain, verb=verb, place=place)
 
 
-def places(domain):
-    """Every (verb, Place) of a domain: what its tools can be."""
-    for application in DOMAINS[domain][0].split():
-        for name, fields in objects_of(domain).items():
+def places():
+    """Every (verb, Place): what evolved tools can be."""
+    for domain, (applications, _) in DOMAINS.items():
+        objects = objects_of(domain).items()
+        for application, (name, fields) in itertools.product(applications.split(), objects):
             for field, words in ((None, None), *fields):
                 kind = "object" if field is None else "word" if words else "number"
                 at = Place(domain, application, name, field, fields)
@@ -3432,8 +3434,7 @@ def places(domain):
 
 def evolved_tool(name):
     """The evolved tool of this name, or None."""
-    pairs = (pair for domain in DOMAINS for pair in places(domain))
-    return next((EvolvedTool.of(verb, place) for verb, place in pairs if place.tool_name(verb) == name), None)
+    return next((EvolvedTool.of(verb, at) for verb, at in places() if at.tool_name(verb) == name), None)
 
 
 # Copying is what a toy learns last. It is learned first where the source is one token, told by its kind and
@@ -3442,19 +3443,12 @@ def evolved_tool(name):
 # often enough: so they are few, and numbers are tens, whose sums are tens.
 LABELS = ("Fox Owl Elk Bear Wolf Hare Lynx Mole Crow Swan Toad Seal "
           "Gull Wren Oak Fir Yew Fig Iris Rose Lily Moss Fern Reed").split()
-NUMBERS = dict(zip(range(10, 100, 10), "ten twenty thirty forty fifty sixty seventy eighty ninety".split()))
+TENS = range(10, 100, 10)
+NUMBERS = dict(zip(TENS, "ten twenty thirty forty fifty sixty seventy eighty ninety".split()))
 DAYS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 MONTHS = ("January February March April May June July August September October November "
           "December").split()
 PEOPLE = "Ada Ben Eva Tom Mia Leo Zoe Max Ida Sam Amy Dan".split()
-
-
-def new_item(rng):
-    return rng.choice(LABELS)
-
-
-def new_number(rng):
-    return rng.choice(list(NUMBERS))
 
 
 def a_date(rng):
@@ -3472,21 +3466,20 @@ def spoken(slots):
 
 def some_items(place, rng):
     """{name: {field: value}} of three to five invented objects."""
-    return {name: {field: rng.choice(words) if words else new_number(rng) for field, words in place.fields}
+    return {name: {field: rng.choice(words or TENS) for field, words in place.fields}
             for name in rng.sample(LABELS, rng.randrange(3, 6))}
 
 
 def arguments_for(tool, items, rng):
     """Arguments with which an evolved tool succeeds."""
-    free = [label for label in LABELS if label not in items] or ["Nobody"]
-    name, new = rng.choice(list(items)), rng.choice(free)
+    name, new = rng.choice(list(items)), rng.choice([label for label in LABELS if label not in items])
     words, field = tool.place.words(), tool.place.field
     values = {"name": new if tool.verb == "create" else name, "new": new}
     if tool.verb in ("find", "tally"):
         values["value"] = items[name][field]
     elif field:
-        values["value"] = rng.choice(words) if words else new_number(rng)
-        values["by"] = rng.choice([n for n in NUMBERS if words or n <= items[name][field]] or [10])
+        values["value"] = rng.choice(words or TENS)
+        values["by"] = rng.choice([n for n in TENS if words or n <= items[name][field]] or [10])
     return {key: values[key] for key in tool.parameters["properties"]}
 
 
@@ -3495,24 +3488,16 @@ def evolve(n, seed):
     """n different tools [(EvolvedTool, specification)]; each was called once, and its call is in the
     specification. One in seven of the known domains' is "new", kept from training; all of NEW_DOMAINS' are
     "new_domain", the others "seen"."""
-    rng = random.Random(f"evolve {seed}")
-    groups = {}
-    for domain in DOMAINS:
-        for verb, place in places(domain):
-            groups.setdefault((domain, place.application, place.object), []).append((verb, place))
-    order = list(groups.values())
-    rng.shuffle(order)
-    known, tools = set(), []
-    for verb, place in [pair for group in order for pair in group]:
-        if len(tools) == n:
-            return tools
-        tool = EvolvedTool.of(verb, place)
-        twin = (tool.name, tool.description, json.dumps(tool.parameters))
-        if twin[0] in known:
-            continue
-        known.add(twin[0])
+    rng, tools = random.Random(f"evolve {seed}"), []
+    groups = [list(group) for _, group in itertools.groupby(
+        places(), key=lambda pair: (pair[1].application, pair[1].object))]
+    rng.shuffle(groups)
+    pairs = list(itertools.chain(*groups))
+    if n > len(pairs):
+        raise UserError(f"--tools {n}: only {len(pairs):,} different tools can be evolved")
+    for verb, place in pairs[:n]:
         split = "new_domain" if place.domain in NEW_DOMAINS else "new" if rng.random() < 1 / 7 else "seen"
-        items = some_items(place, rng)
+        tool, items = EvolvedTool.of(verb, place), some_items(place, rng)
         gate = Gate([tool], State({place.application: {place.object: items}}))
         arguments = arguments_for(tool, items, rng)
         result = json.loads(gate.call(tool.name, json.dumps(arguments)))
@@ -3522,7 +3507,7 @@ def evolve(n, seed):
                              "object": place.object, "field": place.field, "operation": verb, "split": split,
                              "description": tool.description, "parameters": tool.parameters,
                              "example": {"arguments": arguments, "result": result}}))
-    raise UserError(f"--tools {n}: only {len(tools):,} different tools can be evolved")
+    return tools
 
 
 # --- agents and tasks: a system prompt with a set of tools, and what a user wants of them ---
@@ -3623,17 +3608,17 @@ def two_units(kind):
 
     def draw(rng, tables):
         unit, to = rng.choice(pairs)
-        return {"value": new_number(rng), "unit": unit, "to": to}
+        return {"value": rng.choice(TENS), "unit": unit, "to": to}
     return draw
 
 
 def two_numbers(rng, tables):
-    return {"a": new_number(rng), "b": new_number(rng)}
+    return {"a": rng.choice(TENS), "b": rng.choice(TENS)}
 
 
 def multiple(rng, tables):
-    b = new_number(rng)
-    return {"a": rng.choice([number for number in NUMBERS if number % b == 0]), "b": b}
+    b = rng.choice(TENS)
+    return {"a": rng.choice([number for number in TENS if number % b == 0]), "b": b}
 
 
 WISHES = {  # what users want of the real tools: requests, arguments drawn for (rng, tables), answer
@@ -3649,20 +3634,18 @@ WISHES = {  # what users want of the real tools: requests, arguments drawn for (
     "days_between": (("How many days are between {start} and {end}?",),
                      lambda rng, _: {"start": a_date(rng), "end": a_date(rng)}, "It is {0[days]}."),
     "add_days": (("Add {days} days to {date}.",),
-                 lambda rng, _: {"date": a_date(rng), "days": new_number(rng)}, "It is {0[date]}."),
+                 lambda rng, _: {"date": a_date(rng), "days": rng.choice(TENS)}, "It is {0[date]}."),
     "write_note": (("Write the note {name}: {text}", "Write a note {name} with the text {text}."),
-                   lambda rng, _: {"name": new_item(rng), "text": f"call {rng.choice(PEOPLE)}"},
+                   lambda rng, _: {"name": rng.choice(LABELS), "text": f"call {rng.choice(PEOPLE)}"},
                    "Done."),
-    "read_note": (("Read the note {name}.",), lambda rng, tables: {"name": rng.choice(list(tables["notes"]))},
-                  "It says: {0[text]}"),
+    "read_note": (("Read the note {name}.",),
+                  lambda rng, tables: {"name": rng.choice(list(tables["notes"]))}, "It says: {0[text]}"),
     "delete_note": (("Delete the note {name}.",),
-                    lambda rng, tables: {"name": rng.choice(list(tables["notes"]))},
-                    "Done."),
-    "put_value": (("Put the value {value} under {key}.",), lambda rng, _: {
-        "key": new_item(rng), "value": rng.choice(PEOPLE)}, "Done."),
+                    lambda rng, tables: {"name": rng.choice(list(tables["notes"]))}, "Done."),
+    "put_value": (("Put the value {value} under {key}.",),
+                  lambda rng, _: {"key": rng.choice(LABELS), "value": rng.choice(PEOPLE)}, "Done."),
     "get_value": (("Get the value of {key}.",),
-                  lambda rng, tables: {"key": rng.choice(list(tables["store"]))},
-                  "It is {0[value]}."),
+                  lambda rng, tables: {"key": rng.choice(list(tables["store"]))}, "It is {0[value]}."),
     "list_bookings": (("List the bookings of {name}.",),
                       lambda rng, tables: {"name": rng.choice(list(tables["bookings"].values()))},
                       "I found {0[bookings]}."),
@@ -3674,8 +3657,8 @@ WISHES = {  # what users want of the real tools: requests, arguments drawn for (
 
 def tables_for(tools, rng):
     """What these tools and the real ones find."""
-    tables = {"notes": {new_item(rng): f"call {rng.choice(PEOPLE)}" for _ in range(2)},
-              "store": {new_item(rng): rng.choice(PEOPLE) for _ in range(2)},
+    tables = {"notes": {rng.choice(LABELS): f"call {rng.choice(PEOPLE)}" for _ in range(2)},
+              "store": {rng.choice(LABELS): rng.choice(PEOPLE) for _ in range(2)},
               "bookings": {booking_of(rng.choice(list(ROOMS)), a_date(rng), "morning"): rng.choice(PEOPLE)}}
     for tool in tools:
         if isinstance(tool, EvolvedTool):
@@ -3720,7 +3703,7 @@ def multi(rng, pool, tables):
         f, g = rng.sample(numbers, 2)
         name, other = rng.sample(list(items), 2)
         slots = {"o": lead.place.object, "f": f, "g": g, "x": rng.choice(("highest", "lowest")), "name": name,
-                 "other": other, "value": new_number(rng), "held": items[name][f]}
+                 "other": other, "value": rng.choice(TENS), "held": items[name][f]}
         plan = []
         for call in calls:
             verb, field, *given = call.format(**slots).split(" ")
@@ -3756,7 +3739,7 @@ def failing(rng, pool, tables):
     if fault == "no such thing":
         if not isinstance(tool, EvolvedTool) or "name" not in given or tool.verb == "create":
             return None
-        absent = new_item(rng)
+        absent = rng.choice(LABELS)
         if absent in items_of(tool, tables):
             return None
         task.request = task.request.replace(given["name"], absent)
@@ -3787,7 +3770,7 @@ def none(rng, pool, tables):
     tool, who = rng.choice(pool), rng.choice(PEOPLE)
     place = tool.place if isinstance(tool, EvolvedTool) else None
     slots = {"o": place.object if place else "thing", "f": place and place.field or "place", "who": who,
-             "name": new_item(rng)}
+             "name": rng.choice(LABELS)}
     request, answer = rng.choice(SMALL_TALK)
     rubric = {"calls": [], "state": copy.deepcopy(tables), "answer": [who], "any": [],
               "absent": FAILURE_WORDS}
@@ -4518,8 +4501,9 @@ def drill_documents(run, count=4_000):
     for number in range(min(count, run.max_documents or count)):
         rng, lines = random.Random(f"drill {run.seed} {number}"), []
         for _ in range(5):
-            slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": new_number(rng), "p": new_number(rng),
-                     "m": sum(rng.choices(list(NUMBERS), k=rng.randrange(1, 4))), "word": rng.choice(words),
+            slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": rng.choice(TENS),
+                     "p": rng.choice(TENS), "m": sum(rng.choices(TENS, k=rng.randrange(1, 4))),
+                     "word": rng.choice(words),
                      "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
                      **dict(zip(("unit", "other"), rng.sample(units, 2))),
                      "who": rng.choice(PEOPLE), "application": rng.choice(applications),
