@@ -2421,6 +2421,8 @@ class Tool:
     run: typing.Callable
     domain: str
     permission: str = "allow"
+    verb: str = ""  # what an evolved tool does, and where
+    place: "Place | None" = None
 
     def declaration(self):
         """As OpenAI's chat format and K2's template want it."""
@@ -3414,24 +3416,17 @@ OBJECTS = {name: fields for domain in DOMAINS for name, fields in objects_of(dom
 OBJECT_FIELDS = sorted({field for fields in OBJECTS.values() for field, _ in fields})
 
 
-@dataclass(frozen=True)
-class EvolvedTool(Tool):
-    """A Tool that one operation at one place makes."""
+def make_tool(verb, place):
+    """The Tool that does an operation at a place."""
+    def run(state, **arguments):
+        return operation.run(state.table(place.application, place.object), place, **arguments)
 
-    verb: str = ""
-    place: Place | None = None
-
-    @classmethod
-    def of(cls, verb, place):
-        def run(state, **arguments):
-            return operation.run(state.table(place.application, place.object), place, **arguments)
-
-        operation, words = OPERATIONS[verb], place.words()
-        arguments = {name: "|".join(words) if words and name == "value" else kind
-                     for name, kind in operation.arguments.items()}
-        description = operation.description.format(o=place.object, f=place.field)
-        return cls(place.tool_name(verb), f"{description} in {place.application}.", schema(**arguments), run,
-                   place.domain, verb=verb, place=place)
+    operation, words = OPERATIONS[verb], place.words()
+    arguments = {name: "|".join(words) if words and name == "value" else kind
+                 for name, kind in operation.arguments.items()}
+    description = operation.description.format(o=place.object, f=place.field)
+    return Tool(place.tool_name(verb), f"{description} in {place.application}.", schema(**arguments), run,
+                place.domain, verb=verb, place=place)
 
 
 def places():
@@ -3447,7 +3442,7 @@ def places():
 
 def evolved_tool(name):
     """The evolved tool of this name, or None."""
-    return next((EvolvedTool.of(verb, at) for verb, at in places() if at.tool_name(verb) == name), None)
+    return next((make_tool(verb, at) for verb, at in places() if at.tool_name(verb) == name), None)
 
 
 # Copying is what a toy learns last. It is learned first where the source is one token, told by its kind and
@@ -3459,8 +3454,6 @@ LABELS = ("Fox Owl Elk Bear Wolf Hare Lynx Mole Crow Swan Toad Seal "
 TENS = range(10, 100, 10)
 NUMBERS = dict(zip(TENS, "ten twenty thirty forty fifty sixty seventy eighty ninety".split()))
 DAYS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
-MONTHS = ("January February March April May June July August September October November "
-          "December").split()
 PEOPLE = "Ada Ben Eva Tom Mia Leo Zoe Max Ida Sam Amy Dan".split()
 
 
@@ -3498,7 +3491,7 @@ def arguments_for(tool, items, rng):
 
 @functools.cache
 def evolve(n, seed):
-    """n different tools [(EvolvedTool, specification)]; each was called once, and its call is in the
+    """n different tools [(Tool, specification)]; each was called once, and its call is in the
     specification. One in seven of the known domains' is "new", kept from training; all of NEW_DOMAINS' are
     "new_domain", the others "seen"."""
     rng, tools = random.Random(f"evolve {seed}"), []
@@ -3510,7 +3503,7 @@ def evolve(n, seed):
         raise UserError(f"--tools {n}: only {len(pairs):,} different tools can be evolved")
     for verb, place in pairs[:n]:
         split = "new_domain" if place.domain in NEW_DOMAINS else "new" if rng.random() < 1 / 7 else "seen"
-        tool, items = EvolvedTool.of(verb, place), some_items(place, rng)
+        tool, items = make_tool(verb, place), some_items(place, rng)
         gate = Gate([tool], State({place.application: {place.object: items}}))
         arguments = arguments_for(tool, items, rng)
         result = json.loads(gate.call(tool.name, json.dumps(arguments)))
@@ -3680,18 +3673,17 @@ def tables_for(tools, rng):
     tables = {"notes": {rng.choice(LABELS): f"call {rng.choice(PEOPLE)}" for _ in range(2)},
               "store": {rng.choice(LABELS): rng.choice(PEOPLE) for _ in range(2)},
               "bookings": {booking_of(rng.choice(list(ROOMS)), a_date(rng), "morning"): rng.choice(PEOPLE)}}
-    for tool in tools:
-        if isinstance(tool, EvolvedTool):
-            objects = tables.setdefault(tool.place.application, {})
-            if tool.place.object not in objects:
-                objects[tool.place.object] = some_items(tool.place, rng)
+    for place in (tool.place for tool in tools if tool.place):
+        objects = tables.setdefault(place.application, {})
+        if place.object not in objects:
+            objects[place.object] = some_items(place, rng)
     return tables
 
 
 def single(rng, pool, tables):
     """One call. None where nothing can be called."""
     tool = rng.choice(pool)
-    if not isinstance(tool, EvolvedTool):
+    if not tool.place:
         requests, draw, answer = WISHES[tool.name]
         if not all(tables.values()):
             return None
@@ -3714,9 +3706,9 @@ def single(rng, pool, tables):
 def multi(rng, pool, tables):
     """Two or three calls, each needing what one before returned."""
     lead = rng.choice(pool)
-    if not isinstance(lead, EvolvedTool) or len(items := items_of(lead, tables)) < 2:
+    if not lead.place or len(items := items_of(lead, tables)) < 2:
         return None
-    at = {(tool.verb, tool.place.field): tool.name for tool in pool if isinstance(tool, EvolvedTool)
+    at = {(tool.verb, tool.place.field): tool.name for tool in pool if tool.place
           and (tool.place.application, tool.place.object) == (lead.place.application, lead.place.object)}
     numbers = [field for field, words in lead.place.fields if not words]
     for request, calls, answer in rng.sample(CHAINS, len(CHAINS)):
@@ -3763,10 +3755,10 @@ def failing(rng, pool, tables):
     fault = rng.choice(list(FAULTS))
     (name, given), = task.plan[0]
     tool = next(tool for tool in pool if tool.name == name)
-    if fault == "partial" and getattr(tool, "verb", "") != "list":
+    if fault == "partial" and tool.verb != "list":
         return None
     if fault == "no such thing":
-        if not isinstance(tool, EvolvedTool) or "name" not in given or tool.verb == "create":
+        if not tool.place or "name" not in given or tool.verb == "create":
             return None
         absent = rng.choice(LABELS)
         if absent in items_of(tool, tables):
@@ -3778,8 +3770,7 @@ def failing(rng, pool, tables):
 
 def none(rng, pool, tables):
     """Talk that needs no tool."""
-    tool, who = rng.choice(pool), rng.choice(PEOPLE)
-    place = tool.place if isinstance(tool, EvolvedTool) else None
+    place, who = rng.choice(pool).place, rng.choice(PEOPLE)
     slots = {"o": place.object if place else "thing", "f": place and place.field or "place", "who": who,
              "name": rng.choice(LABELS)}
     request, answer = rng.choice(SMALL_TALK)
@@ -3846,8 +3837,7 @@ class Toolbox:
         """`tools`: [(Tool, split)]; those that are not evolved belong together by domain."""
         self.groups, self.split_of = {}, {tool.name: split for tool, split in tools}
         for tool, _ in tools:
-            evolved = isinstance(tool, EvolvedTool)
-            key = (tool.place.application, tool.place.object) if evolved else tool.domain
+            key = (tool.place.application, tool.place.object) if tool.place else tool.domain
             self.groups.setdefault(key, []).append(tool)
         self.keys = {split: [key for key, group in self.groups.items()
                              if any(self.split_of[tool.name] == split for tool in group)]
@@ -3890,14 +3880,13 @@ class Toolbox:
         if not tools:  # all that could be declared is what has to be missing
             return self.scene(f"{seed} again", kinds, split, fault_rate, most)
         tools = rng.sample(list(tools.values()), len(tools))
-        place = getattr(group[0], "place", None)
+        place, used = group[0].place, {}
         system = rng.choice(AGENTS).format(place.application if place else group[0].domain)
-        used = {}
         for tool in tools + hidden:
-            if not isinstance(tool, EvolvedTool):
-                used |= {name: tables[name] for name in ("notes", "store", "bookings")}
-            else:
+            if tool.place:
                 used.setdefault(tool.place.application, {})[tool.place.object] = items_of(tool, tables)
+            else:
+                used |= {name: tables[name] for name in ("notes", "store", "bookings")}
         lead = {tool.name for tool in tools + hidden if self.split_of[tool.name] == split}
         return Scene(seed, kinds, split, system, rng.choice(list(PERSONAS)), tools, hidden, lead, used,
                      fault_rate)
