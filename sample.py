@@ -4,7 +4,7 @@
     python sample.py path/to/kimi --chat                 chat with any folder in Hugging Face layout
     python sample.py runs/toy --chat --constrained       ... whose calls always follow the tools' schemas
     python sample.py runs/toy --chat --tools files,notes --ask all --allow read_file --folder scratch
-    python sample.py runs/toy --bench                    tokens per second, prompt and continuation
+    python sample.py runs/toy --bench                    tokens per second of a continuation
 
 A prompt of - reads standard input. In a chat, /tools lists the tools, /new forgets what was said, /quit
 leaves, and Ctrl-C stops an answer. Every call passes train.py's Gate: it has to be declared, well-formed,
@@ -32,12 +32,12 @@ import torch
 from kimi_k2 import SPECIAL_NAMES, Decoder, LatentCache, count_parameters, load_pretrained, sample_token
 from train import (
     REAL_TOOLS,
-    EvolvedTool,
     Gate,
     OneLineParser,
     State,
     UserError,
     evolved_tool,
+    goes_on,
     misfit,
     pick_device,
     some_items,
@@ -49,11 +49,11 @@ from train import (
 def open_model(folder, device):
     """(model, tokenizer) of a run's folder (its model/) or of a folder in Hugging Face layout."""
     folder = Path(folder)
-    if (folder / "metrics.jsonl").exists() and not (folder / "model").is_dir():
-        raise UserError(
-            f"{folder} is a run without a finished model yet: python train.py --resume --out {folder}"
-        )
-    model, tok = load_pretrained(folder / "model" if (folder / "model").is_dir() else folder, device)
+    newest = folder / "model"
+    if (folder / "metrics.jsonl").exists() and not newest.is_dir():
+        raise UserError(f"{folder} is a run without a finished model yet: "
+                        f"python train.py --resume --out {folder}")
+    model, tok = load_pretrained(newest if newest.is_dir() else folder, device)
     if tok is None:
         raise UserError(f"{folder} has no tiktoken.model, so text cannot be turned into tokens")
     return model, tok
@@ -372,9 +372,6 @@ def visible(text, width=None):
 class ShownGate(Gate):
     """A Gate that shows every call with its result, and asks the person at the keyboard."""
 
-    def permission(self, tool):
-        return self.permissions.get(tool.name, tool.permission)
-
     def call(self, name, text):
         result = super().call(name, text)
         print(f"tool > {visible(f'{name} {text}', 60)} = {visible(result, 60)}")
@@ -413,10 +410,8 @@ class Chat:
         if self.args.constrained:
             n_calls = sum(len(message.get("tool_calls") or ()) for message in self.messages)
             self.choose.begin(n_calls, self.args.max_new_tokens)
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(self.seen, ids)) if a != b), min(len(self.seen), len(ids) - 1)
-        )
-        self.cache.length = min(shared, self.cache.length)
+        same = [a == b for a, b in zip(self.seen, ids[:-1])]
+        self.cache.length = min([*same, False].index(False), self.cache.length)
         self.seen = list(ids)
         for token in stream(self.model, ids, self.cache, self.choose, self.args.max_new_tokens):
             self.seen.append(token)
@@ -450,10 +445,8 @@ class Chat:
         talk = turn(self.messages, self.gate)
         next(talk)
         try:
-            while True:
-                talk.send(self.speak())
-        except StopIteration:
-            pass
+            while goes_on(talk, self.speak()):
+                pass
         except KeyboardInterrupt:
             print("\nnote: the turn was stopped")
 
@@ -470,7 +463,7 @@ def chat(model, tok, args, generator):
         Path(folder).mkdir(parents=True, exist_ok=True)
         state = State(folder=Path(folder).resolve(), world=training_world(args.folder))
         tools = [REAL_TOOLS.get(name) or evolved_tool(name) for name in args.tools]
-        for place in (tool.place for tool in tools if isinstance(tool, EvolvedTool)):
+        for place in filter(None, (tool.place for tool in tools)):
             items = state.table(place.application)
             items.setdefault(place.object, some_items(place, random.Random(place.object)))
             print(f"note: {place.application} has {place.object} {', '.join(items[place.object])}")
@@ -520,24 +513,19 @@ def settle_tools(args):
 
 
 def bench(model, tok, args, generator):
-    """Tokens per second of the prompt and of the continuation, medians of five rounds."""
-    device, n_new = model.lm_head.weight.device, args.max_new_tokens
+    """Tokens per second after the first one, the median of five rounds that follow a first."""
+    device, n_new = model.lm_head.weight.device, max(2, args.max_new_tokens)
     print(f"{count_parameters(model.cfg).total:,} parameters on {device}, prompt 32, {n_new} new tokens")
     for batch in (1, 16):
-        prompt = torch.randint(len(tok.ranks), (batch, 32), device=device)
-        rounds = []
+        prompt, rates = torch.randint(len(tok.ranks), (batch, 32), device=device), []
         for _ in range(6):
             cache = LatentCache(model.cfg, batch, 32 + n_new, device, model.lm_head.weight.dtype)
-            tokens, times = model.stream(prompt, cache, 0.0), []
-            for _, token in zip(range(n_new), tokens):
+            times = []
+            for _, token in zip(range(n_new), model.stream(prompt, cache, 0.0)):
                 token[0].item()  # waits for the device
                 times.append(time.perf_counter())
-                if len(times) == 1:
-                    rounds.append([times[0]])
-            rounds[-1].append(times[-1])
-            rounds[-1].append(len(times) - 1)
-        decode = statistics.median(batch * n / (end - first) for first, end, n in rounds[1:])
-        print(f"batch {batch:3d}: {decode:,.0f} new tokens/s")
+            rates.append(batch * (len(times) - 1) / (times[-1] - times[0]))
+        print(f"batch {batch:3d}: {statistics.median(rates[1:]):,.0f} new tokens/s")
 
 
 def build_parser():

@@ -2421,6 +2421,8 @@ class Tool:
     run: typing.Callable
     domain: str
     permission: str = "allow"
+    verb: str = ""  # what an evolved tool does, and where
+    place: "Place | None" = None
 
     def declaration(self):
         """As OpenAI's chat format and K2's template want it."""
@@ -2496,7 +2498,7 @@ def misfit(value, rule, where="arguments"):
             return f"{where} have no {unknown[0][:60]!r}; there are: {', '.join(known) or 'none'}"
         parts = [(item, known[name], f"{where}.{name}") for name, item in value.items()]
     else:
-        return ""
+        parts = []
     return next(filter(None, (misfit(*part) for part in parts)), "")
 
 
@@ -2527,6 +2529,9 @@ class Gate:
     def declarations(self):
         return [tool.declaration() for tool in self.tools.values()]
 
+    def permission(self, tool):
+        return self.permissions.get(tool.name, tool.permission)
+
     def call(self, name, text):
         """The result of a call as the model will read it: JSON text. `text` holds the arguments as JSON."""
         ran, arguments = False, text
@@ -2534,15 +2539,13 @@ class Gate:
             tool, arguments = self.admit(name, text)
             self.left, ran = self.left - 1, True
             result = self.execute(tool, arguments)
-            shown = compact(result)
+            compact(result)  # breaks on what is no JSON
         except ToolError as error:
             result = {"error": str(error)}
-            shown = compact(result)
         except Exception as error:  # a fault of the tool must not end the dialog, nor go unseen
             result = {"error": f"the tool broke: {type(error).__name__}: {str(error)[:80]}"}
-            shown = compact(result)
         self.log.append((name, arguments, result, ran))
-        return shown
+        return compact(result)
 
     def admit(self, name, text):
         """(Tool, arguments) of a call that may run; ToolError says why it may not."""
@@ -2561,7 +2564,7 @@ class Gate:
             raise ToolError(whole_characters(reason))
         if compact(arguments) != whole_characters(compact(arguments)):
             raise ToolError("the arguments hold half a character")
-        permission = self.permissions.get(name, tool.permission)
+        permission = self.permission(tool)
         if permission == "deny" or (permission == "ask" and not (self.ask and self.ask(tool, arguments))):
             raise ToolError(f"refused: the user does not allow {name}")
         return tool, arguments
@@ -2593,6 +2596,15 @@ def turn(messages, gate):
             messages.append({"role": "system", "name": "tool", "content": report})
         if broken == 3 or not (errors or calls):
             return
+
+
+def goes_on(part, message):
+    """Send a coroutine its message; whether it wants another."""
+    try:
+        part.send(message)
+    except StopIteration:
+        return False
+    return True
 
 
 # --- real tools: written by hand, each does what it says ---
@@ -2852,12 +2864,10 @@ def list_keys(state, prefix=""):
 @tool("search", "Look up people, towns, societies, works and fairs by name or by words that describe them.",
       query="string: a name, or words that must all apply")
 def search_world(state, query):
-    def entry(name, kind, facts):
-        labels = {grammar(kind)[fact]["label"]: facts[fact] for fact in grammar(kind)}
-        return {"name": name, "kind": NOUNS[kind], "facts": labels}
-
     hits = [entity for entity in state.world if entity["name"].casefold() == query.strip().casefold()]
-    entries = [entry(**entity) for entity in hits or state.world]
+    entries = [{"name": entity["name"], "kind": NOUNS[kind := entity["kind"]],
+                "facts": {rule["label"]: entity["facts"][fact] for fact, rule in grammar(kind).items()}}
+               for entity in hits or state.world]
     words = set(re.findall(r"\w+", query.casefold())) - {"a", "an", "the", "of", "in"}
     if not hits:
         entries = [entry for entry in entries if words and words <= set(
@@ -3305,65 +3315,65 @@ class Operation:
 
     on: str  # number, word (kinds of field) or object
     description: str
-    arguments: dict  # for `schema`; "word" stands for the words of the field
+    arguments: dict  # for `schema`; where the field holds words, "value" is one of them
     run: typing.Callable  # (items of the object, description of object and field, **arguments) -> result
     answer: str
     requests: tuple
 
 
 OPERATIONS = {
-    "get": Operation("number word", "Read the {f} of a {o}.", {"name": "string"},
+    "get": Operation("number word", "Read the {f} of a {o}", {"name": "string"},
         lambda items, at, name: {"result": find_item(items, at.object, name)[at.field]},
         "It is {0[result]}.",
         ("What is the {f} of {o} {name}?", "Get the {f} of {o} {name}.", "Tell me the {f} of {o} {name}.")),
-    "set": Operation("number word", "Set the {f} of a {o}.", {"name": "string", "value": "integer"},
+    "set": Operation("number word", "Set the {f} of a {o}", {"name": "string", "value": "integer"},
         lambda items, at, name, value: store_value(items, at.object, at.field, name, value),
         "It is now {0[result]}.",
         ("Set the {f} of {o} {name} to {value}.", "Change the {f} of {o} {name} to {value}.",
          "The {f} of {o} {name} should be {value}.")),
-    "raise": Operation("number", "Raise the {f} of a {o}.", {"name": "string", "by": "integer"},
+    "raise": Operation("number", "Raise the {f} of a {o}", {"name": "string", "by": "integer"},
         lambda items, at, name, by: change_number(items, at.object, at.field, name, by),
         "It is now {0[result]}.",
         ("Raise the {f} of {o} {name} by {by}.", "Add {by} to the {f} of {o} {name}.")),
-    "lower": Operation("number", "Lower the {f} of a {o}.", {"name": "string", "by": "integer"},
+    "lower": Operation("number", "Lower the {f} of a {o}", {"name": "string", "by": "integer"},
         lambda items, at, name, by: change_number(items, at.object, at.field, name, -by),
         "It is now {0[result]}.",
         ("Lower the {f} of {o} {name} by {by}.", "Take {by} from the {f} of {o} {name}.")),
-    "find": Operation("number word", "Find every {o} with a given {f}.", {"value": "integer"},
+    "find": Operation("number word", "Find every {o} with a given {f}", {"value": "integer"},
         lambda items, at, value: {"names": [name for name in items if items[name][at.field] == value]},
         "I found {0[names]}.",
         ("Find every {o} with {f} {value}.", "Which {o} has the {f} {value}?")),
-    "total": Operation("number", "Add up the {f} of every {o}.", {},
+    "total": Operation("number", "Add up the {f} of every {o}", {},
         lambda items, at: {"total": sum(item[at.field] for item in items.values())},
         "It is {0[total]}.", ("What is the total {f}?", "Give me the total {f} of every {o}.")),
-    "highest": Operation("number", "Find the {o} with the highest {f}.", {},
+    "highest": Operation("number", "Find the {o} with the highest {f}", {},
         lambda items, at: extreme(items, at.object, at.field, max),
         "It is {0[found]} with {0[result]}.",
         ("Which {o} has the highest {f}?", "Find the {o} with the highest {f}.")),
-    "lowest": Operation("number", "Find the {o} with the lowest {f}.", {},
+    "lowest": Operation("number", "Find the {o} with the lowest {f}", {},
         lambda items, at: extreme(items, at.object, at.field, min),
         "It is {0[found]} with {0[result]}.",
         ("Which {o} has the lowest {f}?", "Find the {o} with the lowest {f}.")),
-    "tally": Operation("word", "Count every {o} with a given {f}.", {"value": "word"},
+    "tally": Operation("word", "Count every {o} with a given {f}", {"value": "string"},
         lambda items, at, value: {"count": sum(item[at.field] == value for item in items.values())},
         "There are {0[count]}.",
         ("Tally the {f} {value}.", "How often is the {f} of a {o} {value}?")),
-    "create": Operation("object", "Create a {o}.", {"name": "string"},
+    "create": Operation("object", "Create a {o}", {"name": "string"},
         lambda items, at, name: add_item(items, at.object, name, at.fresh()) or {"created": name},
         "Done.", ("Create {o} {name}.", "Make a new {o} named {name}.")),
-    "delete": Operation("object", "Delete a {o}.", {"name": "string"},
+    "delete": Operation("object", "Delete a {o}", {"name": "string"},
         lambda items, at, name: remove_item(items, at.object, name),
         "Done.", ("Delete {o} {name}.", "Remove the {o} {name}.")),
-    "list": Operation("object", "List every {o}.", {},
+    "list": Operation("object", "List every {o}", {},
         lambda items, at: {"names": list(items)},
         "I found {0[names]}.", ("List every {o}.", "Which {o} is there?")),
-    "count": Operation("object", "Count every {o}.", {},
+    "count": Operation("object", "Count every {o}", {},
         lambda items, at: {"count": len(items)},
         "There are {0[count]}.", ("Count every {o}.", "How many of {o} are there?")),
-    "rename": Operation("object", "Rename a {o}.", {"name": "string", "new": "string"},
+    "rename": Operation("object", "Rename a {o}", {"name": "string", "new": "string"},
         lambda items, at, name, new: copy_item(items, at.object, name, new, keep=False),
         "Done.", ("Rename {o} {name} to {new}.", "Change the name of {o} {name} to {new}.")),
-    "copy": Operation("object", "Copy a {o}.", {"name": "string", "new": "string"},
+    "copy": Operation("object", "Copy a {o}", {"name": "string", "new": "string"},
         lambda items, at, name, new: copy_item(items, at.object, name, new, keep=True),
         "Done.", ("Copy {o} {name} to {new}.", "Copy the {o} {name} to {new}.")),
 }
@@ -3401,31 +3411,29 @@ def objects_of(domain):
     return found
 
 
-@dataclass(frozen=True)
-class EvolvedTool(Tool):
-    """A Tool that one operation at one place makes."""
-
-    verb: str = ""
-    place: Place | None = None
-
-    @classmethod
-    def of(cls, verb, place):
-        def run(state, **arguments):
-            return operation.run(state.table(place.application, place.object), place, **arguments)
-
-        operation, words = OPERATIONS[verb], place.words()
-        arguments = {name: "|".join(words) if words and name == "value" else kind
-                     for name, kind in operation.arguments.items()}
-        name = place.tool_name(verb)
-        description = operation.description.format(o=place.object, f=place.field)[:-1]
-        description += f" in {place.application}."
-        return cls(name, description, schema(**arguments), run, place.domain, verb=verb, place=place)
+APPLICATIONS = " ".join(names for names, _ in DOMAINS.values()).split()
+OBJECTS = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
+OBJECT_FIELDS = sorted({field for fields in OBJECTS.values() for field, _ in fields})
 
 
-def places(domain):
-    """Every (verb, Place) of a domain: what its tools can be."""
-    for application in DOMAINS[domain][0].split():
-        for name, fields in objects_of(domain).items():
+def make_tool(verb, place):
+    """The Tool that does an operation at a place."""
+    def run(state, **arguments):
+        return operation.run(state.table(place.application, place.object), place, **arguments)
+
+    operation, words = OPERATIONS[verb], place.words()
+    arguments = {name: "|".join(words) if words and name == "value" else kind
+                 for name, kind in operation.arguments.items()}
+    description = operation.description.format(o=place.object, f=place.field)
+    return Tool(place.tool_name(verb), f"{description} in {place.application}.", schema(**arguments), run,
+                place.domain, verb=verb, place=place)
+
+
+def places():
+    """Every (verb, Place): what evolved tools can be."""
+    for domain, (applications, _) in DOMAINS.items():
+        objects = objects_of(domain).items()
+        for application, (name, fields) in itertools.product(applications.split(), objects):
             for field, words in ((None, None), *fields):
                 kind = "object" if field is None else "word" if words else "number"
                 at = Place(domain, application, name, field, fields)
@@ -3434,8 +3442,7 @@ def places(domain):
 
 def evolved_tool(name):
     """The evolved tool of this name, or None."""
-    pairs = (pair for domain in DOMAINS for pair in places(domain))
-    return next((EvolvedTool.of(verb, place) for verb, place in pairs if place.tool_name(verb) == name), None)
+    return next((make_tool(verb, at) for verb, at in places() if at.tool_name(verb) == name), None)
 
 
 # Copying is what a toy learns last. It is learned first where the source is one token, told by its kind and
@@ -3444,19 +3451,10 @@ def evolved_tool(name):
 # often enough: so they are few, and numbers are tens, whose sums are tens.
 LABELS = ("Fox Owl Elk Bear Wolf Hare Lynx Mole Crow Swan Toad Seal "
           "Gull Wren Oak Fir Yew Fig Iris Rose Lily Moss Fern Reed").split()
-NUMBERS = dict(zip(range(10, 100, 10), "ten twenty thirty forty fifty sixty seventy eighty ninety".split()))
+TENS = range(10, 100, 10)
+NUMBERS = dict(zip(TENS, "ten twenty thirty forty fifty sixty seventy eighty ninety".split()))
 DAYS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
-MONTHS = ("January February March April May June July August September October November "
-          "December").split()
 PEOPLE = "Ada Ben Eva Tom Mia Leo Zoe Max Ida Sam Amy Dan".split()
-
-
-def new_item(rng):
-    return rng.choice(LABELS)
-
-
-def new_number(rng):
-    return rng.choice(list(NUMBERS))
 
 
 def a_date(rng):
@@ -3474,47 +3472,38 @@ def spoken(slots):
 
 def some_items(place, rng):
     """{name: {field: value}} of three to five invented objects."""
-    return {name: {field: rng.choice(words) if words else new_number(rng) for field, words in place.fields}
+    return {name: {field: rng.choice(words or TENS) for field, words in place.fields}
             for name in rng.sample(LABELS, rng.randrange(3, 6))}
 
 
 def arguments_for(tool, items, rng):
     """Arguments with which an evolved tool succeeds."""
-    free = [label for label in LABELS if label not in items] or ["Nobody"]
-    name, new = rng.choice(list(items)), rng.choice(free)
+    name, new = rng.choice(list(items)), rng.choice([label for label in LABELS if label not in items])
     words, field = tool.place.words(), tool.place.field
     values = {"name": new if tool.verb == "create" else name, "new": new}
     if tool.verb in ("find", "tally"):
         values["value"] = items[name][field]
     elif field:
-        values["value"] = rng.choice(words) if words else new_number(rng)
-        values["by"] = rng.choice([n for n in NUMBERS if words or n <= items[name][field]] or [10])
+        values["value"] = rng.choice(words or TENS)
+        values["by"] = rng.choice([n for n in TENS if words or n <= items[name][field]] or [10])
     return {key: values[key] for key in tool.parameters["properties"]}
 
 
 @functools.cache
 def evolve(n, seed):
-    """n different tools [(EvolvedTool, specification)]; each was called once, and its call is in the
+    """n different tools [(Tool, specification)]; each was called once, and its call is in the
     specification. One in seven of the known domains' is "new", kept from training; all of NEW_DOMAINS' are
     "new_domain", the others "seen"."""
-    rng = random.Random(f"evolve {seed}")
-    groups = {}
-    for domain in DOMAINS:
-        for verb, place in places(domain):
-            groups.setdefault((domain, place.application, place.object), []).append((verb, place))
-    order = list(groups.values())
-    rng.shuffle(order)
-    known, tools = set(), []
-    for verb, place in [pair for group in order for pair in group]:
-        if len(tools) == n:
-            return tools
-        tool = EvolvedTool.of(verb, place)
-        twin = (tool.name, tool.description, json.dumps(tool.parameters))
-        if twin[0] in known:
-            continue
-        known.add(twin[0])
+    rng, tools = random.Random(f"evolve {seed}"), []
+    groups = [list(group) for _, group in itertools.groupby(
+        places(), key=lambda pair: (pair[1].application, pair[1].object))]
+    rng.shuffle(groups)
+    pairs = list(itertools.chain(*groups))
+    if n > len(pairs):
+        raise UserError(f"--tools {n}: only {len(pairs):,} different tools can be evolved")
+    for verb, place in pairs[:n]:
         split = "new_domain" if place.domain in NEW_DOMAINS else "new" if rng.random() < 1 / 7 else "seen"
-        items = some_items(place, rng)
+        tool, items = make_tool(verb, place), some_items(place, rng)
         gate = Gate([tool], State({place.application: {place.object: items}}))
         arguments = arguments_for(tool, items, rng)
         result = json.loads(gate.call(tool.name, json.dumps(arguments)))
@@ -3524,7 +3513,7 @@ def evolve(n, seed):
                              "object": place.object, "field": place.field, "operation": verb, "split": split,
                              "description": tool.description, "parameters": tool.parameters,
                              "example": {"arguments": arguments, "result": result}}))
-    raise UserError(f"--tools {n}: only {len(tools):,} different tools can be evolved")
+    return tools
 
 
 # --- agents and tasks: a system prompt with a set of tools, and what a user wants of them ---
@@ -3547,6 +3536,13 @@ class Task:
 
 
 FAILURE_WORDS = ("failed", "could not", "cannot")
+FAULTS = {  # what the simulated tools can do wrong, and whether the task can be done all the same
+    "busy": True,  # the first call of the task is refused, the next is not
+    "partial": True,  # the first result holds half of a list and says that there is more
+    "odd": True,  # results hold a field that nobody declared
+    "down": False,  # every call is refused
+    "no such thing": False,  # the user asks for what does not exist
+}
 CHAINS = (  # request, calls (verb, field f or g, arguments), answer; {x} is highest or lowest
     ("Set the {g} of the {o} with the {x} {f} to {value}.",
      ("{x} f", "set g name=$0.found value={value}"), "It is now {1[result]}."),
@@ -3625,17 +3621,17 @@ def two_units(kind):
 
     def draw(rng, tables):
         unit, to = rng.choice(pairs)
-        return {"value": new_number(rng), "unit": unit, "to": to}
+        return {"value": rng.choice(TENS), "unit": unit, "to": to}
     return draw
 
 
 def two_numbers(rng, tables):
-    return {"a": new_number(rng), "b": new_number(rng)}
+    return {"a": rng.choice(TENS), "b": rng.choice(TENS)}
 
 
 def multiple(rng, tables):
-    b = new_number(rng)
-    return {"a": rng.choice([number for number in NUMBERS if number % b == 0]), "b": b}
+    b = rng.choice(TENS)
+    return {"a": rng.choice([number for number in TENS if number % b == 0]), "b": b}
 
 
 WISHES = {  # what users want of the real tools: requests, arguments drawn for (rng, tables), answer
@@ -3651,20 +3647,17 @@ WISHES = {  # what users want of the real tools: requests, arguments drawn for (
     "days_between": (("How many days are between {start} and {end}?",),
                      lambda rng, _: {"start": a_date(rng), "end": a_date(rng)}, "It is {0[days]}."),
     "add_days": (("Add {days} days to {date}.",),
-                 lambda rng, _: {"date": a_date(rng), "days": new_number(rng)}, "It is {0[date]}."),
+                 lambda rng, _: {"date": a_date(rng), "days": rng.choice(TENS)}, "It is {0[date]}."),
     "write_note": (("Write the note {name}: {text}.", "Write a note {name} with the text {text}."),
-                   lambda rng, _: {"name": new_item(rng), "text": rng.choice(PEOPLE)},
-                   "Done."),
-    "read_note": (("Read the note {name}.",), lambda rng, tables: {"name": rng.choice(list(tables["notes"]))},
-                  "It is {0[text]}."),
+                   lambda rng, _: {"name": rng.choice(LABELS), "text": rng.choice(PEOPLE)}, "Done."),
+    "read_note": (("Read the note {name}.",),
+                  lambda rng, tables: {"name": rng.choice(list(tables["notes"]))}, "It is {0[text]}."),
     "delete_note": (("Delete the note {name}.",),
-                    lambda rng, tables: {"name": rng.choice(list(tables["notes"]))},
-                    "Done."),
-    "put_value": (("Put the value {value} under {key}.",), lambda rng, _: {
-        "key": new_item(rng), "value": rng.choice(PEOPLE)}, "Done."),
+                    lambda rng, tables: {"name": rng.choice(list(tables["notes"]))}, "Done."),
+    "put_value": (("Put the value {value} under {key}.",),
+                  lambda rng, _: {"key": rng.choice(LABELS), "value": rng.choice(PEOPLE)}, "Done."),
     "get_value": (("Get the value of {key}.",),
-                  lambda rng, tables: {"key": rng.choice(list(tables["store"]))},
-                  "It is {0[value]}."),
+                  lambda rng, tables: {"key": rng.choice(list(tables["store"]))}, "It is {0[value]}."),
     "list_bookings": (("List the bookings of {name}.",),
                       lambda rng, tables: {"name": rng.choice(list(tables["bookings"].values()))},
                       "I found {0[bookings]}."),
@@ -3676,21 +3669,20 @@ WISHES = {  # what users want of the real tools: requests, arguments drawn for (
 
 def tables_for(tools, rng):
     """What these tools and the real ones find."""
-    tables = {"notes": {new_item(rng): rng.choice(PEOPLE) for _ in range(2)},
-              "store": {new_item(rng): rng.choice(PEOPLE) for _ in range(2)},
+    tables = {"notes": {rng.choice(LABELS): rng.choice(PEOPLE) for _ in range(2)},
+              "store": {rng.choice(LABELS): rng.choice(PEOPLE) for _ in range(2)},
               "bookings": {booking_of(rng.choice(list(ROOMS)), a_date(rng), "morning"): rng.choice(PEOPLE)}}
-    for tool in tools:
-        if isinstance(tool, EvolvedTool):
-            objects = tables.setdefault(tool.place.application, {})
-            if tool.place.object not in objects:
-                objects[tool.place.object] = some_items(tool.place, rng)
+    for place in (tool.place for tool in tools if tool.place):
+        objects = tables.setdefault(place.application, {})
+        if place.object not in objects:
+            objects[place.object] = some_items(place, rng)
     return tables
 
 
 def single(rng, pool, tables):
     """One call. None where nothing can be called."""
     tool = rng.choice(pool)
-    if not isinstance(tool, EvolvedTool):
+    if not tool.place:
         requests, draw, answer = WISHES[tool.name]
         if not all(tables.values()):
             return None
@@ -3713,16 +3705,16 @@ def single(rng, pool, tables):
 def multi(rng, pool, tables):
     """Two or three calls, each needing what one before returned."""
     lead = rng.choice(pool)
-    if not isinstance(lead, EvolvedTool) or len(items := items_of(lead, tables)) < 2:
+    if not lead.place or len(items := items_of(lead, tables)) < 2:
         return None
-    at = {(tool.verb, tool.place.field): tool.name for tool in pool if isinstance(tool, EvolvedTool)
+    at = {(tool.verb, tool.place.field): tool.name for tool in pool if tool.place
           and (tool.place.application, tool.place.object) == (lead.place.application, lead.place.object)}
     numbers = [field for field, words in lead.place.fields if not words]
     for request, calls, answer in rng.sample(CHAINS, len(CHAINS)):
         f, g = rng.sample(numbers, 2)
         name, other = rng.sample(list(items), 2)
         slots = {"o": lead.place.object, "f": f, "g": g, "x": rng.choice(("highest", "lowest")), "name": name,
-                 "other": other, "value": new_number(rng), "held": items[name][f]}
+                 "other": other, "value": rng.choice(TENS), "held": items[name][f]}
         plan = []
         for call in calls:
             verb, field, *given = call.format(**slots).split(" ")
@@ -3745,36 +3737,6 @@ def parallel(rng, pool, tables):
                    first.must + must, pool, tables)
 
 
-def failing(rng, pool, tables):
-    """A call that goes wrong, for a while, which another try mends, or for good, which the user is told."""
-    task = single(rng, pool, tables)
-    if not task or task.then:
-        return None
-    fault = rng.choice(list(FAULTS))
-    (name, given), = task.plan[0]
-    tool = next(tool for tool in pool if tool.name == name)
-    if fault == "partial" and getattr(tool, "verb", "") != "list":
-        return None
-    if fault == "no such thing":
-        if not isinstance(tool, EvolvedTool) or "name" not in given or tool.verb == "create":
-            return None
-        absent = new_item(rng)
-        if absent in items_of(tool, tables):
-            return None
-        task.request = task.request.replace(given["name"], absent)
-        task.plan, task.must = [[(name, given | {"name": absent})]], [absent]
-    return with_fault(dataclasses.replace(task, kind="failing"), fault, tables)
-
-
-FAULTS = {  # what the simulated tools can do wrong, and whether the task can be done all the same
-    "busy": True,  # the first call of the task is refused, the next is not
-    "partial": True,  # the first result holds half of a list and says that there is more
-    "odd": True,  # results hold a field that nobody declared
-    "down": False,  # every call is refused
-    "no such thing": False,  # the user asks for what does not exist
-}
-
-
 def with_fault(task, fault, tables):
     """A task that goes wrong in a given way, and is judged accordingly."""
     if FAULTS[fault]:
@@ -3784,20 +3746,40 @@ def with_fault(task, fault, tables):
     return dataclasses.replace(task, fault=fault, rubric=rubric)
 
 
+def failing(rng, pool, tables):
+    """A call that goes wrong, for a while, which another try mends, or for good, which the user is told."""
+    task = single(rng, pool, tables)
+    if not task or task.then:
+        return None
+    fault = rng.choice(list(FAULTS))
+    (name, given), = task.plan[0]
+    tool = next(tool for tool in pool if tool.name == name)
+    if fault == "partial" and tool.verb != "list":
+        return None
+    if fault == "no such thing":
+        if not tool.place or "name" not in given or tool.verb == "create":
+            return None
+        absent = rng.choice(LABELS)
+        if absent in items_of(tool, tables):
+            return None
+        task.request = task.request.replace(given["name"], absent)
+        task.plan, task.must = [[(name, given | {"name": absent})]], [absent]
+    return with_fault(dataclasses.replace(task, kind="failing"), fault, tables)
+
+
 def none(rng, pool, tables):
     """Talk that needs no tool."""
-    tool, who = rng.choice(pool), rng.choice(PEOPLE)
-    place = tool.place if isinstance(tool, EvolvedTool) else None
+    place, who = rng.choice(pool).place, rng.choice(PEOPLE)
     slots = {"o": place.object if place else "thing", "f": place and place.field or "place", "who": who,
-             "name": new_item(rng)}
+             "name": rng.choice(LABELS)}
     request, answer = rng.choice(SMALL_TALK)
     rubric = {"calls": [], "state": copy.deepcopy(tables), "answer": [who], "any": [],
               "absent": FAILURE_WORDS}
     return Task("none", request.format(**slots), [], *told(answer, slots), rubric)
 
 
-def missing(rng, pool, tables, hidden):
-    """A wish for one of the `hidden` tools, which were not declared."""
+def missing(rng, hidden, tables):
+    """A wish for a tool that was not declared."""
     task = single(rng, hidden, tables)
     if not task or task.then:
         return None
@@ -3836,8 +3818,8 @@ class Scene:
         these tools and tables allow."""
         rng = random.Random(f"task {self.seed} {number}")
         for kind in [self.kinds[number]] * 30 + ["single"] * 10 + ["none"]:
-            more = [self.hidden] if kind == "missing" else []
-            task = KINDS[kind](rng, self.tools, tables, *more) if all(more) else None
+            pool = self.hidden if kind == "missing" else self.tools
+            task = KINDS[kind](rng, pool, tables) if pool else None
             needed = {name for step in task.plan for name, _ in step} if task else ()
             if task and (number or not needed or self.lead & needed):
                 break
@@ -3847,10 +3829,6 @@ class Scene:
         return dataclasses.replace(task, request=words.format(task.request))
 
 
-def area_of(tool):
-    return tool.place.application if isinstance(tool, EvolvedTool) else tool.domain
-
-
 class Toolbox:
     """Tools sorted by what they work on; agents are given sets of them."""
 
@@ -3858,10 +3836,10 @@ class Toolbox:
         """`tools`: [(Tool, split)]; those that are not evolved belong together by domain."""
         self.groups, self.split_of = {}, {tool.name: split for tool, split in tools}
         for tool, _ in tools:
-            evolved = isinstance(tool, EvolvedTool)
-            key = (tool.place.application, tool.place.object) if evolved else tool.domain
+            key = (tool.place.application, tool.place.object) if tool.place else tool.domain
             self.groups.setdefault(key, []).append(tool)
-        self.keys = {split: [key for key, group in self.groups.items() if self.among(group, split)]
+        self.keys = {split: [key for key, group in self.groups.items()
+                             if any(self.split_of[tool.name] == split for tool in group)]
                      for split in set(self.split_of.values())}
 
     def key(self, rng, split):
@@ -3870,9 +3848,6 @@ class Toolbox:
         real = [key for key in keys if isinstance(key, str)]
         evolved = [key for key in keys if key not in real]
         return rng.choice(real if not evolved or (real and rng.random() < 1 / 8) else evolved)
-
-    def among(self, tools, split):
-        return [tool for tool in tools if self.split_of[tool.name] == split]
 
     def pool(self, key, split):
         """Tools that an agent of a split may have: a new tool stands among those that are known."""
@@ -3904,13 +3879,13 @@ class Toolbox:
         if not tools:  # all that could be declared is what has to be missing
             return self.scene(f"{seed} again", kinds, split, fault_rate, most)
         tools = rng.sample(list(tools.values()), len(tools))
-        system = rng.choice(AGENTS).format(area_of(group[0]))
-        used = {}
+        place, used = group[0].place, {}
+        system = rng.choice(AGENTS).format(place.application if place else group[0].domain)
         for tool in tools + hidden:
-            if not isinstance(tool, EvolvedTool):
-                used |= {name: tables[name] for name in ("notes", "store", "bookings")}
-            else:
+            if tool.place:
                 used.setdefault(tool.place.application, {})[tool.place.object] = items_of(tool, tables)
+            else:
+                used |= {name: tables[name] for name in ("notes", "store", "bookings")}
         lead = {tool.name for tool in tools + hidden if self.split_of[tool.name] == split}
         return Scene(seed, kinds, split, system, rng.choice(list(PERSONAS)), tools, hidden, lead, used,
                      fault_rate)
@@ -3980,25 +3955,13 @@ class Episode:
 def play_all(episodes, agent, at_once=64):
     """Play episodes to their ends, `at_once` side by side: `agent(episodes)` gives each one's next words."""
     waiting, playing = iter(episodes), []
-
-    def begin():
-        for episode in itertools.islice(waiting, at_once - len(playing)):
-            part = episode.play()
-            if next(part, "end") is None:
-                playing.append((episode, part))
-
-    begin()
-    while playing:
+    while True:
+        begun = [(episode, episode.play()) for episode in itertools.islice(waiting, at_once - len(playing))]
+        playing += [pair for pair in begun if goes_on(pair[1], None)]
+        if not playing:
+            return
         messages = agent([episode for episode, _ in playing])
-        going = []
-        for (episode, part), message in zip(playing, messages):
-            try:
-                part.send(message)
-                going.append((episode, part))
-            except StopIteration:
-                pass
-        playing = going
-        begin()
+        playing = [pair for pair, message in zip(playing, messages) if goes_on(pair[1], message)]
 
 
 # --- agents ---
@@ -4015,6 +3978,46 @@ def call_message(calls, messages, content=""):
 
 def say(text):
     return {"role": "assistant", "content": text, "tool_calls": []}
+
+
+def rounds_of(messages):
+    """[[result of each call] of each message that calls]."""
+    returned = {message["tool_call_id"]: json.loads(message["content"]) for message in messages
+                if message["role"] == "tool"}
+    return [[returned[call["id"]] for call in message["tool_calls"]] for message in messages
+            if message.get("tool_calls")]
+
+
+def flawed(message, flaw, episode, rng):
+    """A message with one mistake, or as it was where that mistake cannot be made."""
+    tools, messages = list(episode.gate.tools), episode.messages
+    calls = [(call["function"]["name"], json.loads(call["function"]["arguments"]))
+             for call in message["tool_calls"]]
+    if calls:
+        name, given = calls[0]
+        if flaw == "wrong tool" and len(tools) > 1:
+            calls[0] = (rng.choice([other for other in tools if other != name]), given)
+        elif flaw == "wrong value" and given:
+            key = rng.choice(list(given))
+            calls[0] = (name, given | {key: given[key] + 1 if isinstance(given[key], int) else "77"})
+        elif flaw == "missing argument" and given:
+            calls[0] = (name, dict(list(given.items())[1:]))
+        elif flaw == "broken JSON":
+            calls[0] = (name, compact(given)[:-1])
+        elif flaw == "unknown tool":
+            calls[0] = (name + "s", given)
+        elif flaw == "claimed without a call":
+            return say("Done.")
+        return call_message(calls, messages)
+    if flaw == "needless call":
+        return call_message([(rng.choice(tools), {})], messages)
+    if flaw == "failure hidden" and "failed" in message["content"]:
+        return say("Done.")
+    if flaw == "wrong answer":
+        other = dict(zip(LABELS, LABELS[1:] + LABELS[:1]))
+        return say(re.sub(r"\w+", lambda word: str(int(word[0]) + 1) if word[0].isdecimal()
+                          else other.get(word[0], word[0]), message["content"]))
+    return message
 
 
 class Teacher:
@@ -4067,46 +4070,6 @@ class Teacher:
         return say(filled(task.answer, results))
 
 
-def rounds_of(messages):
-    """[[result of each call] of each message that calls]."""
-    returned = {message["tool_call_id"]: json.loads(message["content"]) for message in messages
-                if message["role"] == "tool"}
-    return [[returned[call["id"]] for call in message["tool_calls"]] for message in messages
-            if message.get("tool_calls")]
-
-
-def flawed(message, flaw, episode, rng):
-    """A message with one mistake, or as it was where that mistake cannot be made."""
-    tools, messages = list(episode.gate.tools), episode.messages
-    calls = [(call["function"]["name"], json.loads(call["function"]["arguments"]))
-             for call in message["tool_calls"]]
-    if calls:
-        name, given = calls[0]
-        if flaw == "wrong tool" and len(tools) > 1:
-            calls[0] = (rng.choice([other for other in tools if other != name]), given)
-        elif flaw == "wrong value" and given:
-            key = rng.choice(list(given))
-            calls[0] = (name, given | {key: given[key] + 1 if isinstance(given[key], int) else "77"})
-        elif flaw == "missing argument" and given:
-            calls[0] = (name, dict(list(given.items())[1:]))
-        elif flaw == "broken JSON":
-            calls[0] = (name, compact(given)[:-1])
-        elif flaw == "unknown tool":
-            calls[0] = (name + "s", given)
-        elif flaw == "claimed without a call":
-            return say("Done.")
-        return call_message(calls, messages)
-    if flaw == "needless call":
-        return call_message([(rng.choice(tools), {})], messages)
-    if flaw == "failure hidden" and "failed" in message["content"]:
-        return say("Done.")
-    if flaw == "wrong answer":
-        other = dict(zip(LABELS, LABELS[1:] + LABELS[:1]))
-        return say(re.sub(r"\w+", lambda word: str(int(word[0]) + 1) if word[0].isdecimal()
-                          else other.get(word[0], word[0]), message["content"]))
-    return message
-
-
 class ModelAgent:
     """A model of this project as the agent: it reads what a user of `sample.py --chat` would give it.
 
@@ -4127,23 +4090,6 @@ class ModelAgent:
                                        generator=self.generator)
             messages |= {i: self.tok.parse(row[len(prompts[i]):].tolist()) for i, row in zip(batch, rows)}
         return [messages[i] for i in range(len(prompts))]
-
-
-class EndpointAgent:
-    """An OpenAI-compatible server as the agent. Every answer is written down: none is paid for twice."""
-
-    def __init__(self, endpoint, parallel, journal):
-        self.endpoint, self.parallel, self.journal = endpoint, parallel, journal
-
-    def __call__(self, episodes):
-        with ThreadPoolExecutor(self.parallel) as pool:
-            return list(pool.map(self.speak, episodes))
-
-    def speak(self, episode):
-        def ask():
-            raw = self.endpoint.message(episode.messages, tools=episode.gate.declarations(), temperature=0.7)
-            return openai_message(raw, episode.messages)
-        return self.journal.recall([episode.scene.seed, len(episode.messages)], ask)
 
 
 def openai_message(raw, messages=()):
@@ -4167,6 +4113,23 @@ def openai_message(raw, messages=()):
             errors.append(f"a tool call whose arguments are not a JSON object: {str(call)[:80]}")
     message = call_message(calls, messages, whole_characters(text) if isinstance(text, str) else "")
     return message | ({"errors": [whole_characters(error) for error in errors]} if errors else {})
+
+
+class EndpointAgent:
+    """An OpenAI-compatible server as the agent. Every answer is written down: none is paid for twice."""
+
+    def __init__(self, endpoint, parallel, journal):
+        self.endpoint, self.parallel, self.journal = endpoint, parallel, journal
+
+    def __call__(self, episodes):
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(self.speak, episodes))
+
+    def speak(self, episode):
+        def ask():
+            raw = self.endpoint.message(episode.messages, tools=episode.gate.declarations(), temperature=0.7)
+            return openai_message(raw, episode.messages)
+        return self.journal.recall([episode.scene.seed, len(episode.messages)], ask)
 
 
 # --- judging: rules, rubric, person ---
@@ -4201,10 +4164,9 @@ def judge(task, messages, log, tables):
 
 def verdict_of(episode):
     """The built-in judge's verdict on a trajectory: did every task meet its rubric?"""
-    ends = [start for _, start, _, _ in episode.spans[1:]] + [len(episode.messages)]
-    logs = [log for _, _, log, _ in episode.spans[1:]] + [len(episode.gate.log)]
     tasks, reasons = [], []
-    for (task, start, log, tables), end, log_end in zip(episode.spans, ends, logs):
+    after = [*episode.spans[1:], (None, len(episode.messages), len(episode.gate.log), None)]
+    for (task, start, log, tables), (_, end, log_end, _) in zip(episode.spans, after):
         met, needless = judge(task, episode.messages[start:end], episode.gate.log[log:log_end], tables)
         tasks.append({"kind": task.kind, "success": all(met.values()), "needless": needless,
                       "checkpoints": met})
@@ -4240,20 +4202,11 @@ def rule_faults(episode, tok):
     if episode.messages[-1]["role"] != "assistant" or episode.messages[-1].get("tool_calls"):
         faults.append("rule: no final answer")
     again = Episode.of(episode.scene)
-    play_all([again], Replay(episode.messages))
+    said = iter(copy.deepcopy([message for message in episode.messages if message["role"] == "assistant"]))
+    play_all([again], lambda _: [next(said, say(""))])
     if again.gate.state.tables != episode.gate.state.tables or again.messages != episode.messages:
         faults.append("rule: another state when played again")
     return faults
-
-
-class Replay:
-    """An agent that says again what was said in a trajectory."""
-
-    def __init__(self, messages):
-        self.said = iter([message for message in messages if message["role"] == "assistant"])
-
-    def __call__(self, episodes):
-        return [copy.deepcopy(next(self.said, say("")))]
 
 
 def judge_trajectory(endpoint):
@@ -4311,17 +4264,10 @@ def marks_of(folder):
 
 
 def reviewed(folder):
-    """(trajectories that may train, number a person dropped): those that rules and judges accepted, but for
-    what a person marked "drop"."""
-    marks, kept, dropped = marks_of(folder), [], 0
+    """Trajectories that may train: accepted by rules and judges, and not marked "drop" by a person."""
+    marks = marks_of(folder)
     with open(folder / "trajectories.jsonl", encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            if marks.get(record["id"]) == "drop":
-                dropped += 1
-            else:
-                kept.append(record)
-    return kept, dropped
+        return [record for record in map(json.loads, file) if marks.get(record["id"]) != "drop"]
 
 
 def readable(messages):
@@ -4366,6 +4312,35 @@ def make_agent(run, folder):
                       generator=torch.Generator(device).manual_seed(run.seed))
 
 
+def write_tool_card(folder, about, specifications, accepted, rejected):
+    """data/tools_card.md: what tools and dialogs there are, what the filter kept and why the rest fell."""
+    n = about["trajectories"]
+    lines = [
+        "# Data card: tools", "",
+        f"{about['specs']:,} evolved tools and {about['real']} written by hand. Of the evolved, "
+        + ", ".join(f"{count:,} {split}" for split, count in about["splits"].items())
+        + "; only the seen ones are in the dialogs below.", "",
+        "| filter | dialogs left | of all |", "|---|---|---|",
+        f"| made | {n:,} | 100 % |",
+        f"| rules | {about['passed_rules']:,} | {about['passed_rules'] / n:.1%} |",
+        f"| judge against the rubric | {about['accepted']:,} | {about['accepted'] / n:.1%} |",
+        f'| a person: write "keep" or "drop" into {REVIEW}; what is dropped does not train | | |', "",
+        f"In {about['flawed']:,} the teacher made a mistake on purpose; kept all the same: "
+        + (", ".join(f"{n} {flaw}" for flaw, n in about["flawed_accepted"].items()) or "none") + ".", "",
+        "| why they fell | dialogs |", "|---|---|",
+        *(f"| {why} | {count:,} |" for why, count in about["reasons"].items()),
+    ]
+    for spec in specifications[:: max(1, len(specifications) // 5)][:5]:
+        lines += ["", f"## {spec['name']} ({spec['domain']}, {spec['split']})", "", "```json",
+                  json.dumps({key: spec[key] for key in ("description", "parameters", "example")}), "```"]
+    for title, records in (("Accepted", accepted[:3]), ("Rejected", rejected[:3])):
+        for record in records:
+            lines += ["", f"## {title}: {record['id']}", "", *record["verdict"]["reasons"][:1], "",
+                      *(f"> {line}  " for line in readable(record["messages"]))]
+    with atomic(folder / "tools_card.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def make_trajectories(run, tok, out):
     """Tools, trajectories and their filter, made once (R 3.1.1): data/specs.jsonl, trajectories.jsonl,
     trajectories_rejected.jsonl, review.jsonl, tools_card.md; tools.json is written last."""
@@ -4404,35 +4379,6 @@ def make_trajectories(run, tok, out):
     return about
 
 
-def write_tool_card(folder, about, specifications, accepted, rejected):
-    """data/tools_card.md: what tools and dialogs there are, what the filter kept and why the rest fell."""
-    n = about["trajectories"]
-    lines = [
-        "# Data card: tools", "",
-        f"{about['specs']:,} evolved tools and {about['real']} written by hand. Of the evolved, "
-        + ", ".join(f"{count:,} {split}" for split, count in about["splits"].items())
-        + "; only the seen ones are in the dialogs below.", "",
-        "| filter | dialogs left | of all |", "|---|---|---|",
-        f"| made | {n:,} | 100 % |",
-        f"| rules | {about['passed_rules']:,} | {about['passed_rules'] / n:.1%} |",
-        f"| judge against the rubric | {about['accepted']:,} | {about['accepted'] / n:.1%} |",
-        f'| a person: write "keep" or "drop" into {REVIEW}; what is dropped does not train | | |', "",
-        f"In {about['flawed']:,} the teacher made a mistake on purpose; kept all the same: "
-        + (", ".join(f"{n} {flaw}" for flaw, n in about["flawed_accepted"].items()) or "none") + ".", "",
-        "| why they fell | dialogs |", "|---|---|",
-        *(f"| {why} | {count:,} |" for why, count in about["reasons"].items()),
-    ]
-    for spec in specifications[:: max(1, len(specifications) // 5)][:5]:
-        lines += ["", f"## {spec['name']} ({spec['domain']}, {spec['split']})", "", "```json",
-                  json.dumps({key: spec[key] for key in ("description", "parameters", "example")}), "```"]
-    for title, records in (("Accepted", accepted[:3]), ("Rejected", rejected[:3])):
-        for record in records:
-            lines += ["", f"## {title}: {record['id']}", "", *record["verdict"]["reasons"][:1], "",
-                      *(f"> {line}  " for line in readable(record["messages"]))]
-    with atomic(folder / "tools_card.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 # --- pages for pretraining: tasks without the wrapping of a dialog, and drills ---
 # As in fine-tuning, what the assistant says is learned and what users and tools say is only read: nobody can
 # foresee it, and a toy that tries learns to copy much later.
@@ -4440,13 +4386,10 @@ def write_tool_card(folder, about, specifications, accepted, rejected):
 
 def page(domain, source, lines):
     """A document of (text, is learned) lines."""
-    doc, end = document("".join(text + "\n" for text, _ in lines), domain, source), 0
-    doc["silent"] = []
-    for text, is_learned in lines:
-        start, end = end, end + len(text) + 1
-        if not is_learned:
-            doc["silent"].append((start, end))
-    return {**doc, "split": split_of(source)}
+    ends = itertools.accumulate(len(text) + 1 for text, _ in lines)
+    silent = [(end - len(text) - 1, end) for (text, is_learned), end in zip(lines, ends) if not is_learned]
+    doc = document("".join(text + "\n" for text, _ in lines), domain, source)
+    return {**doc, "silent": silent, "split": split_of(source)}
 
 
 def tool_documents(run, count=5_000):
@@ -4512,21 +4455,19 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
 def drill_documents(run, count=4_000):
     """Pages of DRILLS: copying, which the use of tools is made of, and nothing else. The words of new
     domains are among those that names are made of, as a large corpus has all words; their tools are not."""
-    words = sorted({word for words in FIELD_WORDS.values() for word in words.split(",")})
+    words = sorted(set(",".join(FIELD_WORDS.values()).split(",")))
     units = list(itertools.chain(*UNITS.values()))
-    applications = " ".join(names for names, _ in DOMAINS.values()).split()
-    objects = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
-    fields = sorted({field for fields in objects.values() for field, _ in fields})
     for number in range(min(count, run.max_documents or count)):
         rng, lines = random.Random(f"drill {run.seed} {number}"), []
         for _ in range(5):
-            slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": new_number(rng), "p": new_number(rng),
-                     "m": sum(rng.choices(list(NUMBERS), k=rng.randrange(1, 4))), "word": rng.choice(words),
+            slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": rng.choice(TENS),
+                     "p": rng.choice(TENS), "m": sum(rng.choices(TENS, k=rng.randrange(1, 4))),
+                     "word": rng.choice(words),
                      "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
                      **dict(zip(("unit", "other"), rng.sample(units, 2))),
                      "who": rng.choice(PEOPLE), "sign": rng.choice(("plus", "minus", "times", "over")),
-                     "application": rng.choice(applications), "verb": rng.choice(list(OPERATIONS)),
-                     "o": rng.choice(list(objects)), "f": rng.choice(fields)}
+                     "application": rng.choice(APPLICATIONS), "verb": rng.choice(list(OPERATIONS)),
+                     "o": rng.choice(list(OBJECTS)), "f": rng.choice(OBJECT_FIELDS)}
             said = spoken(slots)
             slots |= {"said": said["n"], "more": said["p"], "spoken": said["date"].removeprefix("the ")}
             lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]
@@ -4644,7 +4585,7 @@ def sft_sources(job):
         return {"own": own}
     rng = random.Random(f"dialogs {run.seed}")
     n = run.trajectories
-    sources = {"tools": reviewed(job.out / "data")[0], "chat": list(chat_dialogs(rng, n // 5)),
+    sources = {"tools": reviewed(job.out / "data"), "chat": list(chat_dialogs(rng, n // 5)),
                "math": list(math_dialogs(rng, n // 5)), "critic": list(critic_dialogs(rng, n // 2))}
     for domain in ("math", "instruction", "faithful", "code", "safety", "subjective"):  # of section 5
         sources.setdefault(domain, []).extend(gym_dialogs(domain, run.seed, n // 3))
@@ -4722,11 +4663,11 @@ class Dialogs:
 # --- all data of a run, put together ---
 
 
-def train_tokenizer(documents, vocab_size, wrapping=(), most_characters=20_000_000):
-    """BPE of the training documents, or of an even sample of them where they are long, and of texts that
-    wrap dialogs."""
+def train_tokenizer(documents, vocab_size, wrapping=()):
+    """BPE of the training documents, or of an even sample of them where they have more than 20 million
+    characters, and of texts that wrap dialogs."""
     texts = [doc["text"] for doc in documents if doc["split"] == "train"]
-    stride = max(1, sum(map(len, texts)) // most_characters)
+    stride = max(1, sum(map(len, texts)) // 20_000_000)
     return Tokenizer.train([*texts[::stride], *wrapping], vocab_size)
 
 
@@ -4739,17 +4680,45 @@ def wrapping(run):
     tools = [tool for key in toolbox.keys["seen"] for tool in toolbox.pool(key, "seen")]
     for tool in tools[:: 10 if run.data else 1]:
         yield f"{head}\n{compact(tool.declaration())}\n## Return of functions.{tool.name}:0\n"
-    objects = {name: fields for domain in DOMAINS for name, fields in objects_of(domain).items()}
-    fields = {field for fields in objects.values() for field, _ in fields}
-    values = " ".join(FIELD_WORDS.values()).replace(",", " ").split()
+    values = ",".join(FIELD_WORDS.values()).split(",")
     for words, forms in (
-        (" ".join(names for names, _ in DOMAINS.values()).split(), ' {0} a.{0} ":"{0}'),
-        ((*objects, *sorted(fields), *OPERATIONS), " {0} a_{0}"),
+        (APPLICATIONS, ' {0} a.{0} ":"{0}'), ((*OBJECTS, *OBJECT_FIELDS, *OPERATIONS), " {0} a_{0}"),
         ((*values, *LABELS, *PEOPLE, *ROOMS, *SLOTS, *itertools.chain(*UNITS.values())), ' {0} ":"{0}'),
         ((*NUMBERS.values(), *DAYS, *MONTHS), " {0}"),
         (WISHES, ' a.{0} ":"{0}'), (range(1, 13), "-{0:02}"),
     ):
         yield from ((forms.format(word) * (30 if run.data else 300)) for word in words)
+
+
+def acceptance(accepted, rejected):
+    """{style: {"accepted", "rejected"}} of a run's rephrasings, and of all together."""
+    kept, fell = (collections.Counter(style for doc in documents for style in ("all", doc["style"]))
+                  for documents in (accepted, rejected))
+    styles = sorted({"all", *kept, *fell})
+    return {style: {"accepted": kept[style], "rejected": fell[style]} for style in styles}
+
+
+def write_card(path, about, documents, rejected):
+    """data/card.md: what the corpus holds, how much of its rephrasing was kept and why the rest fell,
+    an example of every kind."""
+    reasons = collections.Counter(re.split(r"[:,\d]", doc["reasons"][0])[0].strip() for doc in rejected)
+    examples = {}
+    for doc in documents:
+        examples.setdefault((doc["domain"], doc.get("style", "as it was found")), doc["text"])
+    lines = ["# Data card", "", "| domain | split | documents | tokens | bytes |", "|---|---|---|---|---|"]
+    lines += [f"| {domain} | {split} | {n['documents']:,} | {n['tokens']:,} | {n['bytes']:,} |"
+              for domain, splits in about["domains"].items() for split, n in splits.items()]
+    lines += [
+        "", f"{about['duplicates']} near-duplicates were left out, {about['skipped']} items could not be "
+        "read. Rephrasings are of training documents only.", "",
+        "| style | accepted | rejected |", "|---|---|---|",
+        *(f"| {style} | {n['accepted']:,} | {n['rejected']:,} |" for style, n in about["rephrase"].items())]
+    if reasons:
+        lines += ["", "Rejected because:", "", *(f"- {why}: {n}" for why, n in sorted(reasons.items()))]
+    for (domain, style), text in examples.items():
+        lines += ["", f"## {domain}, {style}", "", *(f"> {line}" for line in text[:400].split("\n"))]
+    with atomic(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def prepare_data(run, cfg, out):
@@ -4782,51 +4751,6 @@ def prepare_data(run, cfg, out):
     write_json(folder / "index.json", about)
     (folder / "rephrase.journal").unlink(missing_ok=True)
     return tok
-
-
-def acceptance(accepted, rejected):
-    """{style: {"accepted", "rejected"}} of a run's rephrasings, and of all together."""
-    table = {"all": {"accepted": len(accepted), "rejected": len(rejected)}}
-    for verdict, documents in (("accepted", accepted), ("rejected", rejected)):
-        for doc in documents:
-            row = table.setdefault(doc["style"], {"accepted": 0, "rejected": 0})
-            row[verdict] += 1
-    return dict(sorted(table.items()))
-
-
-def write_card(path, about, documents, rejected):
-    """data/card.md: what the corpus holds, how much of its rephrasing was kept and why the rest fell,
-    an example of every kind."""
-    reasons, examples = {}, {}
-    for doc in rejected:
-        reason = re.split(r"[:,\d]", doc["reasons"][0])[0].strip()
-        reasons[reason] = reasons.get(reason, 0) + 1
-    for doc in documents:
-        examples.setdefault((doc["domain"], doc.get("style", "as it was found")), doc["text"])
-    lines = ["# Data card", "", "| domain | split | documents | tokens | bytes |", "|---|---|---|---|---|"]
-    lines += [f"| {domain} | {split} | {n['documents']:,} | {n['tokens']:,} | {n['bytes']:,} |"
-              for domain, splits in about["domains"].items() for split, n in splits.items()]
-    lines += [
-        "",
-        f"{about['duplicates']} near-duplicates were left out, {about['skipped']} items could not be "
-        "read. Rephrasings are of training documents only.",
-        "",
-        "| style | accepted | rejected |",
-        "|---|---|---|",
-    ]
-    lines += [
-        f"| {style} | {n['accepted']:,} | {n['rejected']:,} |" for style, n in about["rephrase"].items()
-    ]
-    lines += [
-        "",
-        "Rejected because:",
-        "",
-        *(f"- {reason}: {n}" for reason, n in sorted(reasons.items())),
-    ] * bool(reasons)
-    for (domain, style), text in examples.items():
-        lines += ["", f"## {domain}, {style}", "", *(f"> {line}" for line in text[:400].split("\n"))]
-    with atomic(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # ==================================================================================================

@@ -17,7 +17,7 @@ import torch
 
 import sample
 from kimi_k2 import KimiConfig, KimiK2, Tokenizer, save_pretrained
-from train import State, Tool, ToolError, misfit, schema
+from train import Gate, State, Tool, ToolError, misfit, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTION, END_SECTION = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -479,6 +479,9 @@ def test_the_world_of_a_run(tmp_path):
     (tmp_path / "data" / "knowledge.jsonl").write_text(lines, encoding="utf-8")
     world = sample.training_world(tmp_path)
     assert len(world) == len({entity["name"] for entity in world}) > 5
+    gate = Gate([sample.REAL_TOOLS["search_world"]], State(world=world))
+    found = json.loads(gate.call("search_world", json.dumps({"query": world[0]["name"]})))
+    assert found["found"] == 1 and found["entries"][0]["facts"], found
 
 
 def run(folder, *flags, said, **more):

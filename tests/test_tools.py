@@ -22,7 +22,7 @@ import torch
 
 import train
 from kimi_k2 import KimiConfig, KimiK2, Tokenizer, save_pretrained
-from train import REAL_TOOLS, EvolvedTool, Gate, Place, State, Teacher, Tool, ToolError, UserError
+from train import REAL_TOOLS, Gate, Place, State, Teacher, Tool, ToolError, UserError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk
 SPLITS = ("seen", "new", "new_domain")
@@ -131,7 +131,7 @@ def the_state(place, rng):
 
 
 def run_at(place, state, verb, **arguments):
-    return EvolvedTool.of(verb, place).run(state, **arguments)
+    return train.make_tool(verb, place).run(state, **arguments)
 
 
 def naive(verb, table, place, given):
@@ -176,7 +176,7 @@ def test_an_operation_does_what_it_says_and_nothing_else(verb):
     rng = random.Random(verb)
     for _ in range(100):
         place = random_place(rng, rng.choice(train.OPERATIONS[verb].on.split()))
-        state, tool = the_state(place, rng), EvolvedTool.of(verb, place)
+        state, tool = the_state(place, rng), train.make_tool(verb, place)
         before = copy.deepcopy(state.tables)
         items = before[place.application][place.object]
         given = train.arguments_for(tool, items, rng)
@@ -254,7 +254,7 @@ def test_what_cannot_be_done_is_an_error_and_changes_nothing(verb, given, reason
 
 def test_numbers_too_large_to_print_do_not_break_the_gate():
     """Python reads and prints whole numbers of 4,300 digits at most; a sum of two such has one more."""
-    gate = Gate([EvolvedTool.of(verb, LAMP) for verb in ("set", "total")], lamps(), budget=9)
+    gate = Gate([train.make_tool(verb, LAMP) for verb in ("set", "total")], lamps(), budget=9)
     for name in ("A10", "B20"):
         gate.call("lights_set_lamp_height", f'{{"name": "{name}", "value": {"9" * 4300}}}')
     assert isinstance(json.loads(gate.call("lights_total_lamp_height", "{}")), dict)
@@ -409,7 +409,7 @@ def test_the_budget_of_the_gate():
 
 def test_whatever_a_model_writes_the_answer_can_be_written_down(tok):
     """JSON spells halves of characters that UTF-8 does not have; results hold what the model wrote."""
-    gate = Gate([EvolvedTool.of("get", LAMP)], lamps(), budget=9)
+    gate = Gate([train.make_tool("get", LAMP)], lamps(), budget=9)
     for text in (r'{"name": "\ud800"}', r'{"\udfff": 1}', r'"\ud800"', r'{"name": 1, "\ud800": "\ud83d"}'):
         result = gate.call("lights_get_lamp_height", text)
         assert "error" in json.loads(result)
@@ -691,7 +691,7 @@ def test_each_of_two_calls_of_one_tool_is_asked_for():
     """Two lamps of one height: who looked up only the second cannot know the first."""
     state = lamps()
     state.tables["lights"]["lamp"]["A10"]["height"] = 8
-    get = EvolvedTool.of("get", LAMP)
+    get = train.make_tool("get", LAMP)
     plan = [[(get.name, {"name": "A10"}), (get.name, {"name": "B20"})]]
     values = ["{0[result]}", "{1[result]}"]
     task = train.task_of("parallel", "?", plan, " ".join(values), values, [get], state.tables)
@@ -850,13 +850,12 @@ def test_an_agent_that_is_nowhere(stage, tok, tmp_path):
 def test_what_a_person_drops_does_not_train(stage, tmp_path):
     records = lines_of(stage[1] / "data" / "trajectories.jsonl")
     train.write_jsonl(tmp_path / "trajectories.jsonl", records)
-    assert train.reviewed(tmp_path) == (records, 0)  # without a review file
+    assert train.reviewed(tmp_path) == records  # without a review file
     a, b, c = (record["id"] for record in records[:3])
     rows = [{"id": a, "mark": "drop"}, {"id": b, "mark": "keep", "dialog": ["x"]}, {"id": c, "mark": ""}]
     train.write_jsonl(tmp_path / train.REVIEW, [*rows, {"id": "unknown", "mark": "drop"}])
-    kept, dropped = train.reviewed(tmp_path)
-    assert dropped == sum(record["id"] == a for record in records) and len(kept) == len(records) - dropped
-    assert [record for record in records if record["id"] != a] == kept
+    kept = train.reviewed(tmp_path)
+    assert [record for record in records if record["id"] != a] == kept != records
 
 
 @pytest.mark.parametrize("line, words", [
