@@ -4,8 +4,6 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).parent
 
@@ -26,23 +24,6 @@ def answer(request):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-class Largest(TorchDispatchMode):
-    """Watches how many numbers the largest tensor has that is made."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.numbers = max(self.numbers, out.numel())
-        return out
-
-
-@pytest.fixture
-def largest():
-    return Largest()
 
 
 @pytest.hookimpl(wrapper=True)
