@@ -213,7 +213,7 @@ RUN_DEFAULTS = {
                  bias_update_rate=1e-2, eval_every=30, eval_tokens=2048, save_every=20, trajectories=100,
                  sft_steps=20, sft_lr=3e-3, sft_len=1024,
                  rl_steps=4, rl_lr=1e-3, rl_prompts=14, rl_samples=4, rl_budget=24, rl_segment=12, rl_pool=6),
-    "tiny": dict(steps=1000, drill_steps=300, yarn_steps=60, batch_size=16, seq_len=128, lr=6e-3, warmup=20,
+    "tiny": dict(steps=1100, drill_steps=400, yarn_steps=60, batch_size=16, seq_len=128, lr=2e-2, warmup=20,
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
                  trajectories=8000, sft_steps=800, sft_lr=2e-3, sft_len=512,
                  rl_steps=16, rl_lr=3e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
@@ -3449,8 +3449,7 @@ def evolved_tool(name):
 # unlike its copy: " Fox" in a request is another token than the "Fox" of a call. Where both are the same,
 # copies made earlier drown the source: so users say numbers in words. Every word and number has to be met
 # often enough: so they are few, and numbers are tens, whose sums are tens.
-LABELS = ("Fox Owl Elk Bear Wolf Hare Lynx Mole Crow Swan Toad Seal "
-          "Gull Wren Oak Fir Yew Fig Iris Rose Lily Moss Fern Reed").split()
+LABELS = "Fox Owl Elk Bear Wolf Hare Lynx Mole Crow Swan Toad Seal".split()
 TENS = range(10, 100, 10)
 NUMBERS = dict(zip(TENS, "ten twenty thirty forty fifty sixty seventy eighty ninety".split()))
 DAYS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
@@ -4422,6 +4421,14 @@ def tool_documents(run, count=5_000):
 
 
 DRILLS = (  # read, written, read, written ...: all that is written was read before
+    ("{who} {word} {a} {n}.", '["{who}","{word}","{a}",{n}]',
+     '["{who}","{word}","{a}",{n}]', "It is {who}, {word}, {a}, {n}."),
+    ("{a} {who} {b} {word}.", '["{a}","{who}","{b}","{word}"]',
+     '["{a}","{who}","{b}","{word}"]', "It is {a}, {who}, {b}, {word}."),
+    ("{a} {b} {c} {d} {e}.", '["{a}","{b}","{c}","{d}","{e}"]',
+     '["{a}","{b}","{c}","{d}","{e}"]', "I found {a}, {b}, {c}, {d}, {e}."),
+    ("{unit} {other} {room} {slot}.", '["{unit}","{other}","{room}","{slot}"]'),
+    ("{application} {verb} {o} {f}.", "functions.{application}_{verb}_{o}_{f}"),
     ("Put {a} to {said}.", '{{"name":"{a}","value":{n}}}', '{{"result":{n}}}', "It is now {n}."),
     ("Put {a} to {word}.", '{{"name":"{a}","value":"{word}"}}', '{{"result":"{word}"}}', "It is now {word}."),
     ("Add {said} to {a}.", '{{"name":"{a}","by":{n}}}', '{{"result":{m}}}', "It is now {m}."),
@@ -4441,6 +4448,12 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
      '{{"result":{m}}}', "It is {m}."),
     ("Get {a}. Put {b} to {said}.", '{{"name":"{a}"}}\n{{"name":"{b}","value":{n}}}',
      '{{"result":{m}}}\n{{"result":{n}}}', "It is {m}. It is now {n}."),
+    ("Get {a}. Get {b}.", '{{"name":"{a}"}}\n{{"name":"{b}"}}',
+     '{{"result":{m}}}\n{{"result":{p}}}', "It is {m}. It is {p}."),
+    ("Total. Add {said} to {a}.", '{{}}\n{{"name":"{a}","by":{n}}}',
+     '{{"total":{m}}}\n{{"result":{p}}}', "It is {m}. It is now {p}."),
+    ("Find {said}. Highest.", '{{"value":{n}}}\n{{}}',
+     '{{"names":["{a}"]}}\n{{"found":"{b}","result":{p}}}', "I found {a}. It is {b} with {p}."),
     ("I am {who}.", "{who}, hello."),
     ("Put {who} under {a}.", '{{"key":"{a}","value":"{who}"}}', '{{"value":"{who}"}}', "It is {who}."),
     ("What is {said} {sign} {more}?", '{{"a":{n},"b":{p}}}', '{{"result":{m}}}', "It is {m}."),
@@ -4479,7 +4492,7 @@ def drill_documents(run, count=4_000):
 # Sizes, mixture and packing of the report's SFT are not published: these are ours.
 
 SFT_WEIGHTS = {  # shares of the tokens
-    "tools": 0.45, "pages": 0.25, "chat": 0.02, "knowledge": 0.03, "math": 0.06, "critic": 0.05,
+    "tools": 0.45, "pages": 0.22, "chat": 0.02, "knowledge": 0.03, "math": 0.06, "critic": 0.08,
     "instruction": 0.05, "faithful": 0.04, "code": 0.02, "safety": 0.02, "subjective": 0.01}
 CHAT = (  # talk of which nothing is looked up
     ("Hello!", "Hello! How can I help?"),
@@ -4586,7 +4599,7 @@ def sft_sources(job):
     rng = random.Random(f"dialogs {run.seed}")
     n = run.trajectories
     sources = {"tools": reviewed(job.out / "data"), "chat": list(chat_dialogs(rng, n // 5)),
-               "math": list(math_dialogs(rng, n // 5)), "critic": list(critic_dialogs(rng, n // 2))}
+               "math": list(math_dialogs(rng, n // 5)), "critic": list(critic_dialogs(rng, n // 8))}
     for domain in ("math", "instruction", "faithful", "code", "safety", "subjective"):  # of section 5
         sources.setdefault(domain, []).extend(gym_dialogs(domain, run.seed, n // 3))
     sources["critic"] += gym_critic_dialogs(rng, n // 2, run.seed)
@@ -5076,10 +5089,11 @@ def subjective_question(rng):
     return question
 
 
-def critic_pairs(rng, n):
+def critic_pairs(rng, n, held_out=False):
     """[(request, rubric, better, worse)] of tasks without a checker: flattery and length lose."""
     for _ in range(n):
-        question = subjective_question(rng)
+        seed = f"{rng.random()} {'held out' if held_out else 'shown'}"
+        question = environment({"domain": "subjective", "seed": seed})
         yield (question.request, question.rubric, question.answer,
                question.flattering if rng.random() < 0.7 else question.long)
 
@@ -5400,8 +5414,8 @@ def rated(asked, first, second, rubric=""):
 
 
 def gym_critic_dialogs(rng, n, seed):
-    """More of the critic's start: pairs of every domain, one in three of tasks without a checker."""
-    pairs = list(critic_pairs(rng, n // 3))
+    """More of the critic's start: pairs of every domain, half of them of tasks without a checker."""
+    pairs = list(critic_pairs(rng, n // 2))
     for number in range(n - len(pairs)):
         domain = rng.choice(("math", "instruction", "faithful", "code", "safety"))
         question, other = (environment({"domain": domain, "seed": f"{seed} pair {number} {i}"}) for i in "ab")
@@ -6810,6 +6824,7 @@ def rl(job):
     toolbox, twin = toolbox_of(run)[0], ranks.twin(model)
     with job.autocast(), ranks.whole(model, twin), ranks.one_by_one():
         pool, pairs = choose_prompts(job, twin, toolbox)
+    unchecked = list(critic_pairs(random.Random(f"pairs {run.seed}"), run.rl_pool // 2, held_out=True))
     rows = max(1, 2048 // run.sft_len)
     sources = {name: dialogs[:400] for name, dialogs in sft_sources(job).items()}
     dialogs = Dialogs(sources, job.tok, run.sft_weights, run.seed, rows * run.rl_steps, run.sft_len)
@@ -6851,8 +6866,9 @@ def rl(job):
         with job.autocast():
             hits = gym_hits(examiner, n)
             right, bias = accuracy(controller.critic, pairs) if pairs else (0.5, 0.5)
+            style, _ = accuracy(controller.critic, unchecked)
         row = {"gym": {domain: sum(found) / n for domain, found in hits.items()}}
-        row |= {"critic": right, "critic_bias": bias - 0.5}
+        row |= {"critic": right, "critic_style": style, "critic_bias": bias - 0.5}
         if job.data:
             row["val_bpb"] = bits_per_byte(twin, job, run.eval_tokens)
         if step in (0, run.rl_steps):
@@ -7077,6 +7093,7 @@ def rl_facts(rows, n):
     for when, part in (("first", trained[:tenth]), ("last", trained[-tenth:])):
         facts[f"reward_{when}"] = sum(row["reward"] for row in part) / len(part)
     facts |= {"critic_first": first["critic"], "critic_last": last["critic"],
+              "critic_style_first": first["critic_style"], "critic_style_last": last["critic_style"],
               "position_bias_first": first["critic_bias"], "position_bias_last": last["critic_bias"]}
     if "val_bpb" in first:
         for when, row in (("before", first), ("after", last)):
@@ -7243,7 +7260,8 @@ def plot_rl(out, rows):
     def success(axes):
         for domain in measured[0]["gym"]:
             curve(axes, measured, "gym", domain, marker="o", ms=3, color=colours[domain])
-        curve(axes, measured, "critic", color="black", ls=":", label="critic")
+        curve(axes, measured, "critic", color="black", ls=":", label="critic, tasks with a checker")
+        curve(axes, measured, "critic_style", color="black", ls="--", label="critic, tasks without")
         axes.set_ylim(0, 1)
 
     def length(axes):
@@ -7357,7 +7375,8 @@ def rl_claims(facts):
         ("rollouts earn more as it goes (R 3.2)",
          f"mean reward {found['reward_first']:.2f} at first, {found['reward_last']:.2f} at last"),
         ("on-policy rollouts keep the critic right (R 3.2.2)",
-         f"pairs told apart {found['critic_first']:.0%} before, {found['critic_last']:.0%} after")]
+         f"pairs told apart {found['critic_first']:.0%} before, {found['critic_last']:.0%} after; flattery "
+         f"and length {found['critic_style_first']:.0%} before, {found['critic_style_last']:.0%} after")]
     if "val_bpb_after" in found:
         before, after = found["val_bpb_before"], found["val_bpb_after"]
         table.append(("PTX loss keeps what was known (R 3.2.3)",

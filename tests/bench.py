@@ -3,6 +3,7 @@
     python tests/bench.py                                   the table, about 3 minutes on 2 cores
     python tests/bench.py --rows train,decode --repeats 3 --json bench.json
     python tests/bench.py --rows "" --profile               where our time goes
+    python tests/bench.py --rows experts --figure assets/experts.png
 
 Seconds depend on the machine and on what else it does; the ratio of neighbours in time hardly does.
 So the contestants run A B A B ... with the same threads, after a warm-up. A figure is a ratio of
@@ -35,6 +36,7 @@ RATES = dict(lr=2e-4, weight_decay=0.1)
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, from the data sheets
 synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+EXPERTS = (8, 16, 32, 64, 128, 256, 384)
 ROUND = 0.1  # seconds: what is faster is repeated until a round is this long
 
 # ---------------------------------------------------------------------------------- measuring
@@ -104,6 +106,12 @@ def forward_backward(model, tokens, targets):
     with autocast(tokens):
         loss = model.loss(tokens, targets)
     (loss + 1e-4 * model.aux_loss).backward()
+
+
+def passes(cfg, data):
+    """Forward and backward without an optimizer."""
+    model = KimiK2(cfg).to(data[0].device)
+    return lambda: (model.zero_grad(set_to_none=True), forward_backward(model, *data))
 
 
 def our_step(cfg, data, compiled=False):
@@ -266,11 +274,7 @@ def bench_moe(args):
         rounds = interleaved(runs, args.repeats)
         lines.append(row(f"MoE / dense, layer, {size}", rounds, lambda moe, dense: moe / dense))
 
-    def whole(cfg):
-        model = KimiK2(cfg).to(args.device)
-        return lambda: (model.zero_grad(set_to_none=True), forward_backward(model, *data))
-
-    rounds = interleaved({"moe": whole(cfg), "dense": whole(dense_twin(cfg))}, args.repeats)
+    rounds = interleaved({"moe": passes(cfg, data), "dense": passes(dense_twin(cfg), data)}, args.repeats)
     what = f"MoE / dense, whole model, {preset}"
     return [*lines, row(what, rounds, lambda moe, dense: moe / dense, 1.25, at_most=True)]
 
@@ -366,6 +370,44 @@ def bench_mfu(args):
     return lines
 
 
+def bench_experts(args):
+    """A step with 8 experts active for a token, out of more and more: the arithmetic stays the same, the
+    weights that the optimizer reads do not."""
+    lines = []
+    for what, make in (("forward and backward", passes), ("train step", our_step)):
+        runs = {}
+        for experts in EXPERTS:
+            preset, cfg, data = setup(args, n_routed_experts=experts, num_experts_per_tok=8)
+            runs[str(experts)] = make(cfg, data)
+        rounds = interleaved(runs, args.repeats)
+        for experts in EXPERTS:
+            goal = 1.15 if (experts, args.device.type) == (384, "cuda") else None
+            lines.append(row(f"{what}, {experts} / 32 experts", rounds,
+                             lambda experts=experts, **seconds: seconds[str(experts)] / seconds["32"],
+                             goal, at_most=True))
+    if args.figure:
+        draw_experts(lines, args)
+    return lines
+
+
+def draw_experts(lines, args):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for what, style in (("forward and backward", "o-"), ("train step", "s--")):
+        ratios = [line["value"] for line in lines if line["what"].startswith(what)]
+        axes.plot(EXPERTS, ratios, style, label=what)
+    axes.axhline(1.15, color="gray", lw=0.8, ls=":", label="+15 %")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(EXPERTS, EXPERTS)
+    axes.set(xlabel="experts, 8 of them active for a token", ylabel="time, 32 experts = 1", ylim=(0, None),
+             title=f"Step time against number of experts ({args.device.type})")
+    axes.legend(frameon=False)
+    figure.savefig(args.figure, dpi=150)
+
+
 def show_profile(args):
     """The 15 operations that cost most, in a train step and in decoding."""
     preset, cfg, data = setup(args)
@@ -384,7 +426,7 @@ def show_profile(args):
 
 
 ROWS = dict(train=bench_train, moe=bench_moe, optimizer=bench_optimizer, decode=bench_decode,
-            mfu=bench_mfu)
+            mfu=bench_mfu, experts=bench_experts)
 
 
 def parse(argv=None):
@@ -392,20 +434,21 @@ def parse(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=list(kimi_k2.PRESETS), help="default: tiny; CUDA: small, not to decode")
-    add("--rows", help=f"some of {','.join(ROWS)}; default: all, mfu on CUDA only")
+    add("--rows", help=f"some of {','.join(ROWS)}; default: all but experts, mfu on CUDA only")
     add("--repeats", type=int, default=7, help="rounds after the warm-up")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--threads", type=int, help="CPU threads, for everybody; default: torch's choice")
     add("--compile", action="store_true", help="torch.compile both sides of train, and mfu")
     add("--profile", action="store_true", help="also print where our time goes")
+    add("--figure", type=Path, help="where experts draws its curve")
     add("--json", type=Path, help="write the table, with every round's seconds, to this file")
     args = parser.parse_args(argv)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     args.device = torch.device(auto if args.device == "auto" else args.device)
-    usual = [name for name in ROWS if name != "mfu" or args.device.type == "cuda"]
-    args.rows = usual if args.rows is None else [name for name in args.rows.split(",") if name]
-    if unknown := [name for name in args.rows if name not in usual]:
-        parser.error(f"no row {unknown[0]!r} here; there are: {', '.join(usual)}")
+    here = [name for name in ROWS if name != "mfu" or args.device.type == "cuda"]
+    args.rows = here[:-1] if args.rows is None else [name for name in args.rows.split(",") if name]
+    if unknown := [name for name in args.rows if name not in here]:
+        parser.error(f"no row {unknown[0]!r} here; there are: {', '.join(here)}")
     return args
 
 

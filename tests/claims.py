@@ -25,6 +25,7 @@ from kimi_k2 import KimiConfig, Tokenizer, count_parameters  # noqa: E402
 
 TEXT = {"web": 0.4, "code": 0.3, "math": 0.15, "knowledge": 0.15}
 ADAMW = [(lr, decay) for decay in (0.1, 0.01) for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)]
+MUONCLIP = (6e-3, 1e-2, 2e-2, 3e-2)
 EXPERTS = (2, 4, 8, 16, 48, 96)  # of which two are active: sparsity 1 to 48
 
 
@@ -71,20 +72,21 @@ def spread(found, key="bpb", digits=3):
 
 
 def muon(lab):
-    """AdamW at its best rate and decay, against MuonClip with 0.6 of its tokens."""
-    tried = {pair: lab.pretrained(lab.seeds[0], optimizer="adamw", lr=pair[0], weight_decay=pair[1])["bpb"]
-             for pair in ADAMW}
-    lr, decay = min(tried, key=tried.get)
-    yield f"AdamW, lr {lr:g}, decay {decay:g}", spread(lab.over_seeds(
-        optimizer="adamw", lr=lr, weight_decay=decay))
-    yield "MuonClip, 0.6 of the tokens", spread(lab.over_seeds(share=0.6))
-    yield "MuonClip, as many tokens", spread(lab.over_seeds())
+    """AdamW at its best rate and decay, against MuonClip at its best rate with 0.6 of its tokens."""
+    def best(candidates, **settings):
+        return min(candidates, key=lambda given: lab.pretrained(lab.seeds[0], **settings, **given)["bpb"])
+
+    adamw = best([{"optimizer": "adamw", "lr": lr, "weight_decay": decay} for lr, decay in ADAMW])
+    clip = best([{"lr": lr} for lr in MUONCLIP], share=0.6)
+    yield f"AdamW, lr {adamw['lr']:g}, decay {adamw['weight_decay']:g}", spread(lab.over_seeds(**adamw))
+    yield f"MuonClip, lr {clip['lr']:g}, 0.6 of the tokens", spread(lab.over_seeds(share=0.6, **clip))
+    yield f"MuonClip, lr {clip['lr']:g}, as many tokens", spread(lab.over_seeds(**clip))
 
 
 def qk_clip(lab):
     """Largest logit and loss, without the clip and with it."""
     for name, kind in (("Muon", "muon"), ("MuonClip, tau 12", "muonclip")):
-        found = lab.over_seeds(**({} if kind == "muonclip" else {"optimizer": kind}))
+        found = lab.over_seeds(optimizer=kind)
         yield name, f"largest logit {spread(found, 'max_logit', 1)}, {spread(found)}"
 
 
