@@ -74,6 +74,7 @@ FIXED = (
     "hidden_act", "attention_bias", "tie_word_embeddings", "num_nextn_predict_layers",
 )
 MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+POSITIVE = ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor")
 
 
 def _nearest(name, known):
@@ -143,35 +144,25 @@ class KimiConfig:
     aux_loss_alpha: float = 0.001  # left over from DeepSeek's template, never read: see --aux_alpha
 
     def __post_init__(self):
-        sizes = [f.name for f in dataclasses.fields(self) if f.type is int] + ["q_lora_rank"]
-        for name in sizes:
-            value, least = getattr(self, name), 0 if name in MAY_BE_ZERO else 1
-            if name == "q_lora_rank" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        for name in FIXED:
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default:
-                raise ValueError(f"{name} must be {default!r} as in Kimi K2, got {getattr(self, name)!r}")
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(
-                f"qk_rope_head_dim rotates pairs, so it must be even, got {self.qk_rope_head_dim}"
-            )
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) cannot exceed "
-                f"n_routed_experts ({self.n_routed_experts})"
-            )
-        if self.first_k_dense_replace > self.num_hidden_layers:
-            raise ValueError(
-                f"first_k_dense_replace ({self.first_k_dense_replace}) cannot exceed "
-                f"num_hidden_layers ({self.num_hidden_layers})"
-            )
+        def check(name, fine, what):
+            if not fine:
+                raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
+
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type is int or (name == "q_lora_rank" and value is not None):
+                least = 0 if name in MAY_BE_ZERO else 1
+                check(name, type(value) is int and value >= least, f"a whole number of at least {least}")
+            if name in POSITIVE and value is not None:
+                check(name, isinstance(value, (int, float)) and 0 < value < math.inf, "a positive number")
+            if name in FIXED:
+                check(name, value == field.default, f"{field.default!r} as in Kimi K2")
+        check("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even, as it rotates pairs")
+        for part, whole in (("num_experts_per_tok", "n_routed_experts"),
+                            ("first_k_dense_replace", "num_hidden_layers")):
+            few, many = getattr(self, part), getattr(self, whole)
+            if few > many:
+                raise ValueError(f"{part} ({few}) cannot exceed {whole} ({many})")
         object.__setattr__(self, "rope_scaling", _check_rope_scaling(self.rope_scaling))
         if self.routed_scaling_factor is None:
             factor = gate_factor(self.n_routed_experts, self.num_experts_per_tok)
@@ -181,9 +172,8 @@ class KimiConfig:
     def preset(cls, name, **overrides):
         """A named size (PRESETS, below) with any field overridden."""
         if name not in PRESETS:
-            raise ValueError(
-                f"unknown preset {name!r}{_nearest(name, PRESETS)}; there are: {', '.join(PRESETS)}"
-            )
+            guess = _nearest(name, PRESETS)
+            raise ValueError(f"unknown preset {name!r}{guess}; there are: {', '.join(PRESETS)}")
         known = [f.name for f in dataclasses.fields(cls)]
         for field in overrides:
             if field not in known:
@@ -290,35 +280,30 @@ class Counts:
 
     def training_bytes(self, weight=4, gradient=4, state=4):
         """Bytes of weights, gradients and optimizer state: Muon keeps one number, AdamW two."""
-        adamw_part = 2 * self.embedding + self.norms
-        n_state = self.total + adamw_part
-        return {
-            "weights": weight * self.total,
-            "gradients": gradient * self.total,
-            "optimizer": state * n_state,
-        }
+        n = self.total
+        n_state = n + 2 * self.embedding + self.norms  # the last two are AdamW's part
+        return {"weights": weight * n, "gradients": gradient * n, "optimizer": state * n_state}
 
     def cache_bytes_per_token(self, element=2):
         """Bytes that one more token of context costs: L (R + rope) numbers (V3 2.1.1)."""
         cfg = self._cfg
         return element * cfg.num_hidden_layers * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
 
-    def _matmul_flops(self):
-        return 2 * (self.active - self.embedding - self.norms)
+    def _forward_flops(self, width, keys):
+        """Of a token: 2 for each weight it meets; in each head 2 for each of `width` dims of each key."""
+        cfg = self._cfg
+        weights = self.active - self.embedding - self.norms
+        return 2 * weights + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * keys
 
     def train_flops(self, context):
         """FLOPs a token, forward and backward (3 x forward), in sequences of `context` tokens."""
         cfg = self._cfg
         width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
-        seen = (context + 1) / 2  # causal: half of the keys on average
-        return 3 * (self._matmul_flops() + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * seen)
+        return 3 * self._forward_flops(width, (context + 1) / 2)  # causal: half of the keys on average
 
     def decode_flops(self, context):
         """FLOPs to produce one token after `context` others, in the absorbed form of section 4."""
-        cfg = self._cfg
-        width = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
-        seen = context + 1
-        return self._matmul_flops() + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * seen
+        return self._forward_flops(2 * self._cfg.kv_lora_rank + self._cfg.qk_rope_head_dim, context + 1)
 
 
 def count_parameters(cfg):
@@ -376,6 +361,35 @@ SPECIAL_NAMES = {
 
 DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 
+# GPT-2's table: every byte as one printable character, which is how Hugging Face writes BPE tokens.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
+BYTE_TO_CHAR = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
+CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+
+def _pieces(text, longest=400_000, longest_run=25_000):
+    """Cut as K2's tokenizer does: slices of 400,000 characters, and inside them runs of 25,000
+    characters that are all space or all not, because the pattern's regex overflows on longer ones."""
+    for i in range(0, len(text), longest):
+        piece, start = text[i : i + longest], 0
+        for run in re.finditer(r"\s+|\S+", piece) if len(piece) > longest_run else ():
+            for cut in range(run.start() + longest_run, run.end(), longest_run):
+                yield piece[start:cut]
+                start = cut
+        yield piece[start:]
+
+
+def _bpe_tokenizer(model):
+    """Hugging Face's tokenizer around a BPE model: split by the pattern, then bytes as characters."""
+    bpe = tokenizers.Tokenizer(model)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    return bpe
+
+
 # The same rendering as Tokenizer.render below, for engines that read a folder we saved.
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
@@ -412,19 +426,52 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}
 """.replace("DEFAULT_SYSTEM", DEFAULT_SYSTEM)
 
-ROLE_TOKEN = {
-    "system": "<|im_system|>",
-    "tool": "<|im_system|>",
-    "user": "<|im_user|>",
-    "assistant": "<|im_assistant|>",
-}
+ROLE_TOKEN = {"system": "<|im_system|>", "tool": "<|im_system|>", "user": "<|im_user|>",
+              "assistant": "<|im_assistant|>"}
 CALL_ID = re.compile(r"functions\.(\w{1,64}):(\d+)")
 
-# GPT-2's table: every byte as one printable character, which is how Hugging Face writes BPE tokens.
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
-BYTE_TO_CHAR = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
-CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+def _content(message, number):
+    """The text of a message; OpenAI also allows a list of text parts, or none beside tool calls."""
+    content = message.get("content")
+    if isinstance(content, list) and all(
+        isinstance(p, dict) and isinstance(p.get("text"), str) for p in content
+    ):
+        return "".join(part["text"] for part in content)
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"message {number}: content must be text, got {type(content).__name__}")
+    return content or ""
+
+
+def _turns(messages):
+    """(role, name, text, calls as [(id, arguments)]) of each message, a system prompt first.
+
+    Ids of calls are functions.NAME:IDX, IDX counting through the whole dialog; calls that come with
+    other ids ("call_x7") are renamed so, and the tool results that answer them too.
+    """
+    given_system = bool(messages) and messages[0].get("role") == "system"
+    default = [] if given_system else [{"role": "system", "content": DEFAULT_SYSTEM}]
+    new_id, n_calls = {}, 0
+    for number, message in enumerate([*default, *messages], -len(default)):
+        role, calls = message.get("role"), []
+        if role not in ROLE_TOKEN:
+            raise ValueError(f"message {number}: role must be one of {', '.join(ROLE_TOKEN)}, got {role!r}")
+        text = _content(message, number)
+        if role == "tool":
+            answered = message.get("tool_call_id", "")
+            text = f"## Return of {new_id.get(answered, answered)}\n{text}"
+        for call in message.get("tool_calls") or []:
+            try:
+                function, given = call["function"], call.get("id") or ""
+                name = given if CALL_ID.fullmatch(given) else f"functions.{function['name']}:{n_calls}"
+            except (KeyError, TypeError, AttributeError):
+                raise ValueError(f"message {number}: a tool call needs a function with a name") from None
+            new_id[given], n_calls = name, n_calls + 1
+            arguments = function.get("arguments", "{}")
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            calls.append((name, arguments))
+        yield role, message.get("name") or role, text, calls
 
 
 class Tokenizer:
@@ -434,11 +481,9 @@ class Tokenizer:
     """
 
     def __init__(self, ranks):
-        if sorted(ranks.values()) != list(range(len(ranks))) or any(
-            bytes([b]) not in ranks for b in range(256)
-        ):
+        self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        if [*self.ranks.values()] != [*range(len(ranks))] or {bytes([b]) for b in range(256)} - ranks.keys():
             raise ValueError("ranks must be 0, 1, 2 ... without gaps and contain all 256 single bytes")
-        self.ranks = ranks
         first = len(ranks)
         names = (SPECIAL_NAMES.get(i, f"<|reserved_token_{first + i}|>") for i in range(N_SPECIAL))
         self.special = {name: first + i for i, name in enumerate(names)}
@@ -453,10 +498,9 @@ class Tokenizer:
 
         A text that runs out of pairs gives fewer. Hugging Face's `tokenizers` finds the merges.
         """
-        if vocab_size < 256 + N_SPECIAL:
-            raise ValueError(
-                f"vocab_size must be at least {256 + N_SPECIAL}: 256 bytes and {N_SPECIAL} special ids"
-            )
+        least = 256 + N_SPECIAL
+        if vocab_size < least:
+            raise ValueError(f"vocab_size must be at least {least}: 256 bytes and {N_SPECIAL} special ids")
         texts = [texts] if isinstance(texts, str) else texts
         bpe = _bpe_tokenizer(tokenizers.models.BPE())
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -491,8 +535,7 @@ class Tokenizer:
     def save(self, path):
         """Write the rank file; a folder gets `tiktoken.model` in it."""
         path = Path(path) / "tiktoken.model" if Path(path).is_dir() else Path(path)
-        by_rank = sorted(self.ranks.items(), key=lambda item: item[1])
-        path.write_bytes(b"".join(b64encode(token) + b" %d\n" % rank for token, rank in by_rank))
+        path.write_bytes(b"".join(b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()))
 
     def encode(self, text):
         """Ids of `text`. Text is text: the names of special tokens in it stay ordinary characters."""
@@ -509,73 +552,36 @@ class Tokenizer:
 
     def token_bytes(self):
         """How many bytes of text each id stands for, (n_vocab,): what bits per byte divides by."""
-        return [len(token) for token, _ in sorted(self.ranks.items(), key=lambda t: t[1])] + [0] * N_SPECIAL
+        return [len(token) for token in self.ranks] + [0] * N_SPECIAL
 
     def render(self, messages, tools=None, add_generation_prompt=False):
         """A dialog in OpenAI's format as (ids, mask): K2's shipped template, not R App. B's older one.
 
-        mask is 1 on what the assistant wrote: content, calls and the closing <|im_end|>, not the
-        header. Ids of calls are functions.NAME:IDX, IDX counting through the whole dialog; calls that
-        come with other ids ("call_x7") are renamed so, and the tool results that answer them too.
+        mask is 1 on what the assistant wrote: content, calls and the closing <|im_end|>, not the header.
         """
-        ids, mask = [], []
+        ids, mask, text = [], [], self.encode
 
-        def put(*parts, trained=0):
+        def put(*parts, trained=0):  # names of special tokens, and ids of text, which is never special
             for part in parts:
-                new = [self.special[part]] if part in self.special else self.encode(part)
+                new = [self.special[part]] if isinstance(part, str) else part
                 ids.extend(new)
                 mask.extend([trained] * len(new))
 
-        def put_text(text, trained=0):  # as put, for text from outside, which is never special
-            new = self.encode(text)
-            ids.extend(new)
-            mask.extend([trained] * len(new))
-
         if tools:
             declared = json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
-            put("<|im_system|>", "tool_declare", "<|im_middle|>")
-            put_text(declared)
-            put("<|im_end|>")
-        given_system = bool(messages) and messages[0].get("role") == "system"
-        default = [] if given_system else [{"role": "system", "content": DEFAULT_SYSTEM}]
-        new_id, n_calls = {}, 0
-        for number, message in enumerate([*default, *messages], -len(default)):
-            role = message.get("role")
-            if role not in ROLE_TOKEN:
-                raise ValueError(
-                    f"message {number}: role must be one of {', '.join(ROLE_TOKEN)}, got {role!r}"
-                )
-            put(ROLE_TOKEN[role])
-            put_text(message.get("name") or role)
-            put("<|im_middle|>")
-            content, said = _content(message, number), int(role == "assistant")
-            if role == "tool":
-                answered = message.get("tool_call_id", "")
-                content = f"## Return of {new_id.get(answered, answered)}\n{content}"
-            put_text(content, said)
-            calls = message.get("tool_calls") or []
+            put("<|im_system|>", text("tool_declare"), "<|im_middle|>", text(declared), "<|im_end|>")
+        for role, name, content, calls in _turns(messages):
+            put(ROLE_TOKEN[role], text(name), "<|im_middle|>")
+            body = [text(content)]
             if calls:
-                put("<|tool_calls_section_begin|>", trained=said)
-            for call in calls:
-                try:
-                    function, given = call["function"], call.get("id") or ""
-                    name = given if CALL_ID.fullmatch(given) else f"functions.{function['name']}:{n_calls}"
-                except (KeyError, TypeError, AttributeError):
-                    raise ValueError(f"message {number}: a tool call needs a function with a name") from None
-                new_id[given], n_calls = name, n_calls + 1
-                arguments = function.get("arguments", "{}")
-                if not isinstance(arguments, str):
-                    arguments = json.dumps(arguments, ensure_ascii=False)
-                put("<|tool_call_begin|>", trained=said)
-                put_text(name, said)
-                put("<|tool_call_argument_begin|>", trained=said)
-                put_text(arguments, said)
-                put("<|tool_call_end|>", trained=said)
-            if calls:
-                put("<|tool_calls_section_end|>", trained=said)
-            put("<|im_end|>", trained=said)
+                body.append("<|tool_calls_section_begin|>")
+                for call_id, arguments in calls:
+                    body += ["<|tool_call_begin|>", text(call_id)]
+                    body += ["<|tool_call_argument_begin|>", text(arguments), "<|tool_call_end|>"]
+                body.append("<|tool_calls_section_end|>")
+            put(*body, "<|im_end|>", trained=int(role == "assistant"))
         if add_generation_prompt:
-            put("<|im_assistant|>", "assistant", "<|im_middle|>")
+            put("<|im_assistant|>", text("assistant"), "<|im_middle|>")
         return ids, mask
 
     def parse(self, ids):
@@ -586,42 +592,45 @@ class Tokenizer:
         reported there and left out of "tool_calls". Structure is read from ids, never from text, so
         nothing that text spells can forge a call.
         """
-        turn, _ = _cut(list(map(int, ids)), self.special["<|im_end|>"])
-        turn, _ = _cut(turn, self.special["[EOS]"])
-        said, section = _cut(turn, self.special["<|tool_calls_section_begin|>"])
         errors, calls = [], []
-        if not self._is_text(said):
-            errors.append(f"special tokens inside the answer: {self.decode(said)!r}")
-        body, after = _cut(section or [], self.special["<|tool_calls_section_end|>"])
-        if section is not None and after is None:
-            errors.append("the tool call section is not closed")
-        if section is not None and not body:
-            errors.append("the tool call section is empty")
-        if after:
-            errors.append(f"text after the tool call section: {self.decode(after)!r}")
-        before, rest = _cut(body, self.special["<|tool_call_begin|>"])
-        if before:
-            errors.append(f"text between tool calls: {self.decode(before)!r}")
+
+        def check(fine, what, ids=None):
+            if not fine:
+                errors.append(what if ids is None else f"{what}: {self.decode(ids)!r}")
+
+        turn, _ = self._cut(list(map(int, ids)), "<|im_end|>")
+        turn, _ = self._cut(turn, "[EOS]")
+        said, section = self._cut(turn, "<|tool_calls_section_begin|>")
+        check(self._is_text(said), "special tokens inside the answer", said)
+        body, after = self._cut(section or [], "<|tool_calls_section_end|>")
+        check(section is None or after is not None, "the tool call section is not closed")
+        check(section is None or body, "the tool call section is empty")
+        check(not after, "text after the tool call section", after)
+        before, rest = self._cut(body, "<|tool_call_begin|>")
+        check(not before, "text between tool calls", before)
         while rest is not None:
-            one, rest = _cut(rest, self.special["<|tool_call_begin|>"])
-            call, between = _cut(one, self.special["<|tool_call_end|>"])
-            parsed = (
-                f"a tool call is not closed: {self.decode(call)!r}"
-                if between is None
-                else self._parse_call(call)
-            )
-            (errors if isinstance(parsed, str) else calls).append(parsed)
-            if between:
-                errors.append(f"text between tool calls: {self.decode(between)!r}")
+            one, rest = self._cut(rest, "<|tool_call_begin|>")
+            call, between = self._cut(one, "<|tool_call_end|>")
+            check(between is not None, "a tool call is not closed", call)
+            if between is not None:
+                parsed = self._parse_call(call)
+                (errors if isinstance(parsed, str) else calls).append(parsed)
+            check(not between, "text between tool calls", between)
         message = {"role": "assistant", "content": self.decode(said), "tool_calls": calls}
         return {**message, "errors": errors} if errors else message
+
+    def _cut(self, ids, name):
+        """What stands before the first such token, and what stands after it (None if there is none)."""
+        token = self.special[name]
+        i = ids.index(token) if token in ids else len(ids)
+        return ids[:i], ids[i + 1 :] if i < len(ids) else None
 
     def _is_text(self, ids):
         return all(0 <= i < len(self.ranks) for i in ids)
 
     def _parse_call(self, ids):
         """One call as OpenAI writes it, or a sentence that says what is wrong."""
-        head, arguments = _cut(ids, self.special["<|tool_call_argument_begin|>"])
+        head, arguments = self._cut(ids, "<|tool_call_argument_begin|>")
         call_id, match = self.decode(head), CALL_ID.fullmatch(self.decode(head))
         if not match:
             return f"a tool call's id must look like functions.name:0, got {call_id!r}"
@@ -646,8 +655,7 @@ class Tokenizer:
         chars = {token: "".join(BYTE_TO_CHAR[b] for b in token) for token in self.ranks}
         merges = [
             (chars[token[:i]], chars[token[i:]])
-            for token in sorted(self.ranks, key=self.ranks.get)
-            for i in range(1, len(token))
+            for token in self.ranks for i in range(1, len(token))
             if token[:i] in chars and token[i:] in chars
         ]
         vocab = {chars[token]: rank for token, rank in self.ranks.items()}
@@ -656,45 +664,6 @@ class Tokenizer:
             [tokenizers.AddedToken(name, special=True, normalized=False) for name in self.special]
         )
         return bpe.to_str()
-
-
-def _bpe_tokenizer(model):
-    bpe = tokenizers.Tokenizer(model)
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    return bpe
-
-
-def _pieces(text, longest=400_000, longest_run=25_000):
-    """Cut as K2's tokenizer does: slices of 400,000 characters, and inside them runs of 25,000
-    characters that are all space or all not, because the pattern's regex overflows on longer ones."""
-    for i in range(0, len(text), longest):
-        piece, start = text[i : i + longest], 0
-        for run in re.finditer(r"\s+|\S+", piece) if len(piece) > longest_run else ():
-            for cut in range(run.start() + longest_run, run.end(), longest_run):
-                yield piece[start:cut]
-                start = cut
-        yield piece[start:]
-
-
-def _content(message, number):
-    """The text of a message; OpenAI also allows a list of text parts, or none beside tool calls."""
-    content = message.get("content")
-    if isinstance(content, list) and all(
-        isinstance(p, dict) and isinstance(p.get("text"), str) for p in content
-    ):
-        return "".join(part["text"] for part in content)
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"message {number}: content must be text, got {type(content).__name__}")
-    return content or ""
-
-
-def _cut(ids, token):
-    """What stands before the first `token`, and what stands after it (None if there is no such)."""
-    i = ids.index(token) if token in ids else len(ids)
-    return ids[:i], ids[i + 1 :] if i < len(ids) else None
 
 
 # ==================================================================================================
