@@ -669,13 +669,8 @@ class Tokenizer:
 # ==================================================================================================
 # 3  RMSNorm, RoPE, YaRN (R 2.3, 2.5; YaRN: arXiv 2309.00071)
 # ==================================================================================================
-
-
-def autocast_dtype(x):
-    """What autocast would compute in where x lives, or None when it is off."""
-    kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
+# RMSNorm gives every token's vector the same size, up to a learned gain: y = w x / rms(x), where
+# rms(x) = sqrt(mean(x^2) + eps). Unlike LayerNorm it subtracts no mean.
 
 
 class NormFunction(torch.autograd.Function):
@@ -698,7 +693,7 @@ class NormFunction(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 whatever x is."""
+    """w x / rms(x), computed in fp32 whatever x is."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -732,18 +727,15 @@ def rope_frequencies(cfg):
         return w.float(), 1.0
 
     def pair_that_turns(times):  # the pair index i whose wavelength fits `times` into L0
-        return (
-            d
-            * math.log(yarn["original_max_position_embeddings"] / (2 * math.pi * times))
-            / (2 * math.log(base))
-        )
+        turns = yarn["original_max_position_embeddings"] / (2 * math.pi * times)
+        return d * math.log(turns) / (2 * math.log(base))
 
     low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
     high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), d - 1)
     pair = torch.arange(d // 2, dtype=torch.float64, device="cpu")
     ramp = ((pair - low) / (high - low if high != low else 0.001)).clamp(0, 1)  # 0 keep, 1 stretch
-    w = w * (1 - ramp) + w / yarn["factor"] * ramp
     factor = yarn["factor"]
+    w = w * (1 - ramp) + w / factor * ramp
     return w.float(), yarn_mscale(factor, yarn["mscale"]) / yarn_mscale(factor, yarn["mscale_all_dim"])
 
 
@@ -802,10 +794,12 @@ class LatentCache:
 
     @property
     def c_kv(self):
+        """The latents of each layer, (B, length, R)."""
         return [buffer[:, : self.length, : self.latent] for buffer in self.buffers]
 
     @property
     def k_rope(self):
+        """The rotary keys of each layer, (B, length, rope)."""
         return [buffer[:, : self.length, self.latent :] for buffer in self.buffers]
 
     def update(self, layer, new):
@@ -889,6 +883,31 @@ def max_logits(q, k, scale, mask=None, block=128):
     return torch.stack(best).amax(dim=0).float() * scale
 
 
+def attend_absorbed(q_nope, q_rope, latent, w_uk, w_uv, scale, mask=None):
+    """Attend to the latents (B, S, R + rope), one key and value for all heads: (B, T, H * v).
+
+    q_nope, q_rope (B, T, H, nope | rope), w_uk (H, nope, R), w_uv (H, v, R).
+    """
+    (B, T, H, _), S, R = q_nope.shape, latent.shape[1], w_uk.shape[2]
+    q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk)  # W_UK^T q: (H, B T, R)
+    q = torch.cat((q_latent.transpose(0, 1), q_rope.flatten(0, 1)), dim=-1)  # (B T, H, R + rope)
+    s = torch.bmm(q.view(B, T * H, -1), latent.mT).float() * scale  # (B, T H, S)
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=s.device).tril()
+    if mask is not None:  # (T, S) or (B, 1, T, S): the same for all heads of a query
+        s.view(B, T, H, S).masked_fill_(~mask.view(-1, T, 1, S), -math.inf)
+    context = torch.bmm(s.softmax(dim=-1).to(latent.dtype), latent[..., :R])  # (B, T H, R)
+    out = torch.bmm(context.view(B * T, H, R).transpose(0, 1), w_uv.mT)  # W_UV context: (H, B T, v)
+    return out.transpose(0, 1).reshape(B, T, -1)
+
+
+def autocast_dtype(x):
+    """What autocast would compute in where x lives, or None when it is off."""
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 class MLA(nn.Module):
     """Multi-head latent attention; parameter names are the published checkpoint's."""
 
@@ -924,7 +943,8 @@ class MLA(nn.Module):
         if absorb is None:
             absorb = cache is not None and self.absorbed_is_cheaper(x.shape[1], latent.shape[1])
         if absorb:
-            return self.o_proj(self.absorbed(q_nope, q_rope, latent, mask)), None
+            w_uk, w_uv = self.absorbed_weights(latent.dtype)
+            return self.o_proj(attend_absorbed(q_nope, q_rope, latent, w_uk, w_uv, self.scale, mask)), None
         out, s_max = self.naive(q_nope, q_rope, latent, mask, record)
         return self.o_proj(out), s_max
 
@@ -947,22 +967,9 @@ class MLA(nn.Module):
         out, s_max = by(q, k, v.transpose(1, 2), self.scale, mask, record)
         return out.transpose(1, 2).flatten(2), s_max
 
-    def absorbed(self, q_nope, q_rope, latent, mask):
-        """Attend to the latents, one shared key for all heads: (B, T, H * v)."""
-        B, T, H, _ = q_nope.shape
-        w_uk, w_uv = (
-            self.kv_b_proj.weight.to(latent.dtype).view(H, -1, self.R).split([self.nope, self.v], dim=1)
-        )
-        q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk)  # W_UK^T q: (H, B T, R)
-        q = torch.cat((q_latent.transpose(0, 1), q_rope.flatten(0, 1)), dim=-1)  # (B T, H, R + rope)
-        s = torch.bmm(q.view(B, T * H, -1), latent.mT).float() * self.scale  # (B, T H, S)
-        if mask is None and T > 1:
-            mask = torch.ones(T, s.shape[-1], dtype=torch.bool, device=s.device).tril()
-        if mask is not None:  # (T, S) or (B, 1, T, S) -> one row for each head of each query
-            s = s.masked_fill_(~mask.view(-1, T, s.shape[-1]).repeat_interleave(H, dim=1), -math.inf)
-        context = torch.bmm(s.softmax(dim=-1).to(latent.dtype), latent[..., : self.R])  # (B, T H, R)
-        out = torch.bmm(context.view(B * T, H, -1).transpose(0, 1), w_uv.mT)  # (H, B T, v)
-        return out.transpose(0, 1).reshape(B, T, -1)
+    def absorbed_weights(self, dtype):
+        """W_UK (H, nope, R) and W_UV (H, v, R), which make a head's keys and values of latents."""
+        return self.kv_b_proj.weight.to(dtype).view(self.H, -1, self.R).split([self.nope, self.v], dim=1)
 
 
 # ==================================================================================================
@@ -1040,8 +1047,8 @@ class Experts(nn.Module):
         """sum_k weights[:, k] * Expert_{chosen[:, k]}(x): sort the N * K visits by expert, multiply
         each expert's rows with its matrices, add the results back up. Returns (N, C), load (E,)."""
         if x_NC.device.type == "cpu" and not torch.is_grad_enabled():
-            if len(x_NC) * self.gate_proj.numel() <= 2**21 or len(x_NC) <= 4:
-                return self.few(x_NC, chosen_NK, weights_NK), None
+            if (y := self.few(x_NC, chosen_NK, weights_NK)) is not None:
+                return y, None
         (N, C), K, E = x_NC.shape, chosen_NK.shape[1], len(self.gate_proj)
         expert, visit = chosen_NK.flatten().sort(stable=True)
         ends = torch.searchsorted(expert, torch.arange(E, device=expert.device), right=True)  # (E,)
@@ -1060,12 +1067,14 @@ class Experts(nn.Module):
         return out, ends.diff(prepend=ends.new_zeros(1))
 
     def few(self, x_NC, chosen_NK, weights_NK):
-        """The same where calls cost more than arithmetic: a handful of tokens without gradients."""
+        """The same where calls cost more than arithmetic; None if there are too many tokens for that."""
         N, E = len(x_NC), len(self.gate_proj)
         if N > 1 and N * self.gate_proj.numel() <= 2**21:  # all experts on all tokens, most weighted 0
             h = F.silu(x_NC @ self.gate_proj.mT) * (x_NC @ self.up_proj.mT)  # (E, N, F)
             weights_NE = torch.zeros(N, E, dtype=h.dtype).scatter_(1, chosen_NK, weights_NK.to(h.dtype))
             return torch.bmm(h * weights_NE.T.unsqueeze(-1), self.down_proj.mT).sum(dim=0)
+        if N > 4:
+            return None
         out = torch.zeros_like(x_NC)
         for x, y, experts, weights in zip(x_NC, out, chosen_NK.tolist(), weights_NK.tolist()):
             for e, weight in zip(experts, weights):
@@ -1074,17 +1083,15 @@ class Experts(nn.Module):
         return out
 
 
-@torch.compiler.disable  # torch.compile knows this operator in bf16 only
-def _grouped_mm_eager(x, weight, offs):
-    return F.grouped_mm(x, weight, offs=offs)
+grouped_mm_eager = torch.compiler.disable(F.grouped_mm)  # torch.compile knows it in bf16 only
 
 
 def grouped_linear(x, weight, ends):
     """x (M, in) holds the rows of expert 0, 1, ... up to ends[e]; weight (E, out, in) -> (M, out)."""
     aligned = all(d * x.element_size() % 16 == 0 for d in weight.shape[1:])
     kernel = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
-    if hasattr(F, "grouped_mm") and aligned and kernel:
-        call = F.grouped_mm if x.dtype == torch.bfloat16 else _grouped_mm_eager
+    if aligned and kernel:
+        call = F.grouped_mm if x.dtype == torch.bfloat16 else grouped_mm_eager
         return call(x, weight.transpose(-2, -1), offs=ends.int())
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0))])
@@ -1380,23 +1387,23 @@ class Decoder:
     token), and no modules are called. Build a new one when weights have changed.
     """
 
+    @torch.no_grad()
     def __init__(self, model):
         cfg, weight = model.cfg, model.lm_head.weight
         self.dtype = autocast_dtype(weight) or weight.dtype
         self.embed, self.lm_head = model.model.embed_tokens.weight, self.cast(model.lm_head.weight)
         self.norm, self.rope = self.norm_of(model.model.norm, self.embed), (model.rope_w, model.rope_factor)
         self.cos = self.sin = torch.empty(0)
-        self.scale, self.H, self.R = softmax_scale(cfg), cfg.num_attention_heads, cfg.kv_lora_rank
-        self.nope = cfg.qk_nope_head_dim
+        self.scale, self.H, self.nope = softmax_scale(cfg), cfg.num_attention_heads, cfg.qk_nope_head_dim
         self.layers = [self.prepare(layer) for layer in model.model.layers]
 
     def cast(self, *weights):
         """One weight, or several on top of each other, in the dtype that products are computed in."""
-        return (torch.cat(weights) if len(weights) > 1 else weights[0]).detach().to(self.dtype)
+        return (torch.cat(weights) if len(weights) > 1 else weights[0]).to(self.dtype)
 
     def norm_of(self, module, like):
         """RMSNorm as a function, for inputs with the dtype of `like`."""
-        shape, weight, eps = module.weight.shape, module.weight.detach().to(like.dtype), module.eps
+        shape, weight, eps = module.weight.shape, module.weight.to(like.dtype), module.eps
         if like.device.type != "cpu" or like.dtype != torch.float32:
             return lambda x: F.rms_norm(x, shape, weight, eps)
         # x / sqrt(|x|^2 + eps C) * sqrt(C) w: half the time of the CPU's rms_norm
@@ -1414,12 +1421,11 @@ class Decoder:
         p.widths = [first.out_features, m.R, m.rope]
         if p.low_rank:
             p.q_norm, p.q_b = self.norm_of(m.q_a_layernorm, p.w_in), self.cast(m.q_b_proj.weight)
-        w_uk, w_uv = self.cast(m.kv_b_proj.weight).view(m.H, -1, m.R).split([m.nope, m.v], dim=1)
-        p.kv_norm, p.w_uk, p.w_uv = self.norm_of(m.kv_a_layernorm, p.w_in), w_uk, w_uv.mT
+        p.kv_norm, (p.w_uk, p.w_uv) = self.norm_of(m.kv_a_layernorm, p.w_in), m.absorbed_weights(self.dtype)
         p.o, p.dense, p.router = self.cast(m.o_proj.weight), mlp, None
         if isinstance(mlp, MoE):
             p.dense, p.router = getattr(mlp, "shared_experts", None), mlp.gate
-            p.scores = mlp.gate.weight.detach().float()
+            p.scores = mlp.gate.weight.float()
             p.experts = copy.copy(mlp.experts)  # the same code over weights of our dtype
             p.experts._parameters = {name: self.cast(w) for name, w in mlp.experts.named_parameters()}
         if p.dense is not None:
@@ -1430,38 +1436,36 @@ class Decoder:
     @torch.inference_mode()
     def step(self, token, cache):
         """Ids (B,) -> logits (B, V); the cache grows by one."""
-        n, unseen = cache.length, None
+        n, seen = cache.length, None
         if n >= len(self.cos):
             self.cos, self.sin = rope_table(torch.arange(2 * n + 64, device=token.device), *self.rope)
         cos, sin = self.cos[n], self.sin[n]  # (1, rope)
         if cache.padding is not None:
             cos, sin = self.cos[n - cache.padding], self.sin[n - cache.padding]  # (B, 1, rope)
-            unseen = torch.arange(n + 1, device=token.device) < cache.padding[:, None, None]
+            seen = torch.arange(n + 1, device=token.device) >= cache.padding[:, None]  # (B, S)
         x = F.embedding(token, self.embed)  # (B, C)
         with torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) else nullcontext():
             for number, p in enumerate(self.layers):
                 h = p.input_norm(x).to(self.dtype)
-                x = x + self.attention(h, p, cos, sin, unseen, cache, number)
+                x = x + self.attention(h, p, cos, sin, seen, cache, number)
                 x = x + self.ffn(p.post_norm(x).to(self.dtype), p)
             cache.length += 1
             return F.linear(self.norm(x).to(self.dtype), self.lm_head)
 
-    def attention(self, h, p, cos, sin, unseen, cache, number):
-        """MLA.absorbed for a single query, (B, C) -> (B, C)."""
-        B, H, R, nope = len(h), self.H, self.R, self.nope
+    def attention(self, h, p, cos, sin, seen, cache, number):
+        """MLA.forward for a single query, (B, C) -> (B, C)."""
+        B, H = len(h), self.H
         q, c_kv, k_rope = F.linear(h, p.w_in).split(p.widths, dim=1)
         if p.low_rank:
             q = F.linear(p.q_norm(q), p.q_b)
         q = q.view(B, H, -1)
-        turned = rotate(torch.cat((q[..., nope:], k_rope.unsqueeze(1)), dim=1), cos, sin)  # (B, H + 1, rope)
-        new = torch.cat((p.kv_norm(c_kv), turned[:, H]), dim=1)
+        rope = torch.cat((q[..., self.nope :], k_rope.unsqueeze(1)), dim=1)  # of all queries and the key
+        rope = rotate(rope, cos, sin)  # (B, H + 1, rope)
+        new = torch.cat((p.kv_norm(c_kv), rope[:, H]), dim=1)
         latent = cache.update(number, new.unsqueeze(1)).to(h.dtype)  # (B, S, R + rope)
-        q_latent = torch.bmm(q[..., :nope].transpose(0, 1), p.w_uk).transpose(0, 1)
-        q = torch.cat((q_latent, turned[:, :H]), dim=2)  # (B, H, R + rope)
-        s = torch.bmm(q, latent.mT).float() * self.scale  # (B, H, S)
-        a = (s if unseen is None else s.masked_fill_(unseen, -math.inf)).softmax(dim=-1)
-        context = torch.bmm(a.to(h.dtype), latent[..., :R])  # (B, H, R)
-        return F.linear(torch.bmm(context.transpose(0, 1), p.w_uv).transpose(0, 1).reshape(B, -1), p.o)
+        q_nope, q_rope = q[:, None, :, : self.nope], rope[:, None, :H]  # (B, 1, H, nope | rope)
+        out = attend_absorbed(q_nope, q_rope, latent, p.w_uk, p.w_uv, self.scale, seen)
+        return F.linear(out.squeeze(1), p.o)
 
     def ffn(self, h, p):
         """Dense FFN, or experts and shared expert, (B, C) -> (B, C)."""
