@@ -821,8 +821,7 @@ class LatentCache:
         """A new cache with these rows (a list or tensor of indices): several continuations of one
         prompt are `cache.select([0, 0, 0, 0])`, finished rows are dropped by leaving them out."""
         rows = torch.as_tensor(rows, device=self.buffers[0].device)
-        other = object.__new__(LatentCache)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.buffers = [buffer.index_select(0, rows) for buffer in self.buffers]
         other.padding = None if self.padding is None else self.padding.index_select(0, rows)
         return other
@@ -1121,10 +1120,17 @@ class MoE(nn.Module):
 # ==================================================================================================
 # 6  Block and model (R 2.3)
 # ==================================================================================================
+# L blocks add to a residual stream x, which starts as the tokens' embeddings:
+#
+#     h = x + MLA(norm(x))      x = h + FFN(norm(h))      logits = W_head norm(x)
+#     loss = mean over targets of -log softmax(logits)[target]
+#
+# The FFN is dense in the first layer and a mixture of experts in all others. To generate is to draw a
+# token from softmax(logits / temperature) and to feed it back, the past being read from the cache.
 
 
 class Block(nn.Module):
-    """h = x + MLA(norm(x));  y = h + FFN(norm(h))."""
+    """One layer, under the names of the published checkpoint."""
 
     def __init__(self, cfg, layer):
         super().__init__()
@@ -1179,188 +1185,16 @@ class HeadLoss(torch.autograd.Function):
         return dh * grad, dw * grad, None
 
 
-class KimiK2(nn.Module):
-    """The whole model. State-dict names are the published checkpoint's, experts stacked.
-
-    While training (training mode and gradients on), a forward pass leaves behind
-      max_logits (L, H)        largest softmax input of each head since the last optimizer step
-      expert_load (L_moe, E)   tokens that each expert saw since then
-      aux_loss                 sum over layers of V3's sequence-wise balance loss, to be weighted
-    MuonClip reads and clears the first two.
-    """
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg, self.aux_loss = cfg, 0.0
-        self.recompute = False  # True: keep only each block's input and recompute the rest backward
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.hidden_size),
-            "layers": nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers)),
-            "norm": RMSNorm(cfg.hidden_size, cfg.rms_norm_eps),
-        })
-        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
-        n_moe = cfg.num_hidden_layers - cfg.first_k_dense_replace
-        for name, shape in (
-            ("max_logits", (cfg.num_hidden_layers, cfg.num_attention_heads)),
-            ("expert_load", (n_moe, cfg.n_routed_experts)),
-            ("rope_w", (cfg.qk_rope_head_dim // 2,)),
-        ):
-            self.register_buffer(name, torch.empty(shape), persistent=False)
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self, normal=torch.Tensor.normal_):
-        """Embedding, every matrix: N(0, initializer_range). Norm gains: 1. Router biases: 0."""
-        for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
-            else:
-                for weight in module.parameters(recurse=False):
-                    normal(weight, 0.0, self.cfg.initializer_range)
-            if isinstance(module, Router):
-                module.e_score_correction_bias.zero_()
-        self.init_buffers()
-
-    def init_buffers(self):
-        """What no checkpoint holds: the rotary frequencies and the records of the current step."""
-        w, self.rope_factor = rope_frequencies(self.cfg)
-        self.rope_w.copy_(w)
-        self.max_logits.fill_(-math.inf)
-        self.expert_load.zero_()
-
-    def set_context(self, length, rope_scaling):
-        """Mean the model for contexts of `length` tokens, with YaRN's dictionary or None for plain RoPE.
-
-        No weight changes: only the frequencies of RoPE and the softmax scale do (R 2.5).
-        """
-        self.cfg = dataclasses.replace(self.cfg, max_position_embeddings=length, rope_scaling=rope_scaling)
-        w, self.rope_factor = rope_frequencies(self.cfg)
-        self.rope_w.copy_(w)
-        for layer in self.model.layers:
-            layer.self_attn.scale = softmax_scale(self.cfg)
-
-    def hidden(self, tokens, cache=None, absorb=None, document=None, position=None):
-        """Ids (B, T) -> normalised hidden states (B, T, C), those that lm_head reads.
-
-        `document` (B, T) numbers the texts that share a row: none sees another. RoPE knows only distances,
-        so each is read as if it stood alone. With `position` (B, T) they go on from one beginning, document
-        0, which all of them see: many answers to a prompt for the price of one prompt.
-        """
-        try:
-            x = self.model.embed_tokens(tokens)
-        except IndexError:
-            bad = tokens[(tokens < 0) | (tokens >= self.cfg.vocab_size)][0].item()
-            raise ValueError(f"token id {bad} is outside the vocabulary of {self.cfg.vocab_size}") from None
-        T, past = tokens.shape[1], cache.length if cache is not None else 0
-        padding = cache.padding if cache is not None else None
-        branches = position is not None
-        if position is None:
-            position = torch.arange(past, past + T, device=x.device)
-        if padding is not None:
-            position = (position - padding[:, None]).clamp_(min=0)  # (B, T)
-        rotary = rope_table(position, self.rope_w, self.rope_factor)
-        mask = causal_mask(T, past + T, padding, x.device)
-        if document is not None:
-            same = document[:, :, None] == document[:, None]  # (B, T, T)
-            same = same | (document == 0)[:, None] if branches else same
-            mask = same.tril().unsqueeze(1)
-        record = self.training and torch.is_grad_enabled() and cache is None
-        s_max, routing = [], []
-        for layer in self.model.layers:
-            arguments = (x, rotary, mask, cache, absorb, record)
-            if self.recompute and cache is None and torch.is_grad_enabled():
-                x, s, r = checkpoint(layer, *arguments, use_reentrant=False)
-            else:  # a compiled block is for training: with a cache every length would compile anew
-                x, s, r = layer(*arguments) if cache is None else layer.forward(*arguments)
-            s_max.append(s)
-            routing.append(r)
-        if cache is not None:
-            cache.length += T
-        if record and torch._C._current_graph_task_id() == -1:  # inside backward it is a recomputation
-            self._record(s_max, [r for r in routing if r is not None])
-        return self.model.norm(x)
-
-    def _record(self, s_max, routing):
-        if s_max[0] is not None:
-            torch.maximum(self.max_logits, torch.stack(s_max), out=self.max_logits)
-        if routing:
-            load, aux = zip(*routing)
-            self.expert_load += torch.stack(load)
-            self.aux_loss = torch.stack(aux).sum()
-
-    def forward(self, tokens, targets=None, cache=None, absorb=None):
-        """Logits (B, T, V), and the mean cross-entropy in nats, or None without targets.
-
-        targets[:, t] is the token after tokens[:, t]; -100 is ignored. `absorb` picks the form of
-        attention: True, False, or None for whichever needs less arithmetic.
-        """
-        logits = self.lm_head(self.hidden(tokens, cache, absorb))
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
-        )
-        return logits, loss / (targets != -100).sum().clamp(min=1)
-
-    def loss(self, tokens, targets, document=None):
-        """The same mean cross-entropy as `self(tokens, targets)`, with less memory and time: for training."""
-        asked = (targets != -100).flatten().nonzero()[:, 0]  # no logits where no target is: most of a chat
-        h = self.hidden(tokens, document=document).flatten(0, 1).index_select(0, asked)
-        dtype = autocast_dtype(h) or h.dtype
-        total = HeadLoss.apply(h.to(dtype), self.lm_head.weight.to(dtype), targets.flatten()[asked])
-        return total / max(1, len(h))
-
-    @torch.inference_mode()
-    def stream(self, tokens, cache, temperature=0.6, top_p=1.0, generator=None):
-        """Endless continuation: yields the next token of each row, (B,), and feeds it back.
-
-        Send it the numbers of rows, and only those go on.
-        """
-        logits = self.lm_head(self.hidden(tokens, cache)[:, -1])
-        decoder = Decoder(self)
-        while True:
-            token = sample_token(logits, temperature, top_p, generator)
-            rows = yield token
-            if rows is not None:
-                token, cache = token[rows], cache.select(rows)
-            logits = decoder.step(token, cache)
-
-    def generate(self, tokens, max_new_tokens=64, temperature=0.6, top_p=1.0, stop=(), generator=None):
-        """Continue prompts until `max_new_tokens` or a token of `stop` (an id or several).
-
-        A (B, T) tensor gives (B, T + new), finished rows filled up with [PAD], the last id. A list of
-        prompts of different lengths gives a list of 1-D tensors, each cut after its stop token.
-        Temperature 0 takes the likeliest token; `generator` seeds the draws.
-        """
-        device, pad = self.lm_head.weight.device, self.cfg.vocab_size - 1
-        if not 0 < top_p <= 1 or temperature < 0:
-            raise ValueError(
-                f"top_p must be in (0, 1], temperature not negative, got {top_p}, {temperature}"
-            )
-        ragged = not isinstance(tokens, torch.Tensor)
-        tokens, padding = left_pad(tokens, pad, device) if ragged else (tokens.to(device), None)
-        (B, T), dtype = tokens.shape, autocast_dtype(self.lm_head.weight) or self.lm_head.weight.dtype
-        if T == 0:
-            raise ValueError("a prompt must hold at least one token; [BOS] starts a new text")
-        cache = LatentCache(self.cfg, B, T + max_new_tokens, device, dtype)
-        cache.padding = padding if ragged and padding.any() else None
-        stop = torch.tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.long, device=device)
-        new = tokens.new_full((B, max_new_tokens), pad)
-        row, done, going, used = torch.arange(B, device=device), tokens.new_zeros(B).bool(), None, 0
-        continuation = self.stream(tokens, cache, temperature, top_p, generator)
-        while used < max_new_tokens and len(row):
-            token = continuation.send(going)
-            new[row, used] = token.masked_fill(done, pad)
-            going, used = None, used + 1
-            if len(stop):
-                done = done | torch.isin(token, stop)
-                if done.sum() * 2 >= len(done):  # the half that goes on need not carry the other
-                    going = (~done).nonzero()[:, 0]
-                    row, done = row[going], done[going]
-        out = torch.cat((tokens, new[:, :used]), dim=1)
-        if not ragged:
-            return out
-        return [_cut_after(row[skip:], T - skip, stop) for row, skip in zip(out, padding.tolist())]
+def sample_token(logits, temperature, top_p, generator=None):
+    """Logits (B, V) -> ids (B,). top_p keeps the fewest tokens whose probabilities reach it."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    p = (logits.float() / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, index = p.sort(dim=-1, descending=True)
+        ordered = ordered * (ordered.cumsum(dim=-1) - ordered < top_p)
+        p = torch.zeros_like(p).scatter_(1, index, ordered)
+    return torch.multinomial(p, 1, generator=generator).squeeze(1)
 
 
 def left_pad(prompts, pad, device):
@@ -1479,16 +1313,179 @@ class Decoder:
         return y + p.experts(h, *chosen_weights)[0]
 
 
-def sample_token(logits, temperature, top_p, generator=None):
-    """Logits (B, V) -> ids (B,). top_p keeps the fewest tokens whose probabilities reach it."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    p = (logits.float() / temperature).softmax(dim=-1)
-    if top_p < 1:
-        ordered, index = p.sort(dim=-1, descending=True)
-        ordered = ordered * (ordered.cumsum(dim=-1) - ordered < top_p)
-        p = torch.zeros_like(p).scatter_(1, index, ordered)
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)
+class KimiK2(nn.Module):
+    """The whole model. State-dict names are the published checkpoint's, experts stacked.
+
+    While training (training mode and gradients on), a forward pass leaves behind
+      max_logits (L, H)        largest softmax input of each head since the last optimizer step
+      expert_load (L_moe, E)   tokens that each expert saw since then
+      aux_loss                 sum over layers of V3's sequence-wise balance loss, to be weighted
+    MuonClip reads and clears the first two.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.aux_loss = cfg, 0.0
+        self.recompute = False  # True: keep only each block's input and recompute the rest backward
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.hidden_size),
+            "layers": nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers)),
+            "norm": RMSNorm(cfg.hidden_size, cfg.rms_norm_eps),
+        })
+        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        L, n_moe = cfg.num_hidden_layers, cfg.num_hidden_layers - cfg.first_k_dense_replace
+        self.register_buffer("max_logits", torch.empty(L, cfg.num_attention_heads), persistent=False)
+        self.register_buffer("expert_load", torch.empty(n_moe, cfg.n_routed_experts), persistent=False)
+        self.register_buffer("rope_w", torch.empty(cfg.qk_rope_head_dim // 2), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, normal=torch.Tensor.normal_):
+        """Embedding, every matrix: N(0, initializer_range). Norm gains: 1. Router biases: 0."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            else:
+                for weight in module.parameters(recurse=False):
+                    normal(weight, 0.0, self.cfg.initializer_range)
+            if isinstance(module, Router):
+                module.e_score_correction_bias.zero_()
+        self.init_buffers()
+
+    def init_buffers(self):
+        """What no checkpoint holds: the rotary frequencies and the records of the current step."""
+        w, self.rope_factor = rope_frequencies(self.cfg)
+        self.rope_w.copy_(w)
+        self.max_logits.fill_(-math.inf)
+        self.expert_load.zero_()
+
+    def set_context(self, length, rope_scaling):
+        """Mean the model for contexts of `length` tokens, with YaRN's dictionary or None for plain RoPE.
+
+        No weight changes: only the frequencies of RoPE and the softmax scale do (R 2.5).
+        """
+        self.cfg = dataclasses.replace(self.cfg, max_position_embeddings=length, rope_scaling=rope_scaling)
+        w, self.rope_factor = rope_frequencies(self.cfg)
+        self.rope_w.copy_(w)
+        for layer in self.model.layers:
+            layer.self_attn.scale = softmax_scale(self.cfg)
+
+    def hidden(self, tokens, cache=None, absorb=None, document=None, position=None):
+        """Ids (B, T) -> normalised hidden states (B, T, C), those that lm_head reads.
+
+        `document` (B, T) numbers the texts that share a row: none sees another. RoPE knows only distances,
+        so each is read as if it stood alone. With `position` (B, T) they go on from one beginning, document
+        0, which all of them see: many answers to a prompt for the price of one prompt.
+        """
+        try:
+            x = self.model.embed_tokens(tokens)
+        except IndexError:
+            bad = tokens[(tokens < 0) | (tokens >= self.cfg.vocab_size)][0].item()
+            raise ValueError(f"token id {bad} is outside the vocabulary of {self.cfg.vocab_size}") from None
+        past, padding = (cache.length, cache.padding) if cache is not None else (0, None)
+        T, branches = tokens.shape[1], position is not None
+        if not branches:
+            position = torch.arange(past, past + T, device=x.device)
+        if padding is not None:
+            position = (position - padding[:, None]).clamp_(min=0)  # (B, T)
+        rotary = rope_table(position, self.rope_w, self.rope_factor)
+        mask = causal_mask(T, past + T, padding, x.device)
+        if document is not None:
+            same = document[:, :, None] == document[:, None]  # (B, T, T)
+            same = same | (document == 0)[:, None] if branches else same
+            mask = same.tril().unsqueeze(1)
+        record = self.training and torch.is_grad_enabled() and cache is None
+        s_max, routing = [], []
+        for layer in self.model.layers:
+            arguments = (x, rotary, mask, cache, absorb, record)
+            if cache is not None:  # a compiled block is for training: here every length would compile anew
+                x, s, r = layer.forward(*arguments)
+            elif self.recompute and torch.is_grad_enabled():
+                x, s, r = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x, s, r = layer(*arguments)
+            s_max.append(s)
+            routing.append(r)
+        if cache is not None:
+            cache.length += T
+        if record and torch._C._current_graph_task_id() == -1:  # inside backward it is a recomputation
+            if s_max[0] is not None:
+                torch.maximum(self.max_logits, torch.stack(s_max), out=self.max_logits)
+            if routing := [r for r in routing if r is not None]:
+                load, aux = zip(*routing)
+                self.expert_load += torch.stack(load)
+                self.aux_loss = torch.stack(aux).sum()
+        return self.model.norm(x)
+
+    def forward(self, tokens, targets=None, cache=None, absorb=None):
+        """Logits (B, T, V), and the mean cross-entropy in nats, or None without targets.
+
+        targets[:, t] is the token after tokens[:, t]; -100 is ignored. `absorb` picks the form of
+        attention: True, False, or None for whichever needs less arithmetic.
+        """
+        logits = self.lm_head(self.hidden(tokens, cache, absorb))
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        return logits, loss / (targets != -100).sum().clamp(min=1)
+
+    def loss(self, tokens, targets, document=None):
+        """The same mean cross-entropy as `self(tokens, targets)`, with less memory and time: for training."""
+        asked = (targets != -100).flatten().nonzero()[:, 0]  # no logits where no target is: most of a chat
+        h = self.hidden(tokens, document=document).flatten(0, 1).index_select(0, asked)
+        dtype = autocast_dtype(h) or h.dtype
+        total = HeadLoss.apply(h.to(dtype), self.lm_head.weight.to(dtype), targets.flatten()[asked])
+        return total / max(1, len(h))
+
+    @torch.inference_mode()
+    def stream(self, tokens, cache, temperature=0.6, top_p=1.0, generator=None):
+        """Endless continuation: yields the next token of each row, (B,), and feeds it back.
+
+        Send it the numbers of rows, and only those go on.
+        """
+        logits = self.lm_head(self.hidden(tokens, cache)[:, -1])
+        decoder = Decoder(self)
+        while True:
+            token = sample_token(logits, temperature, top_p, generator)
+            rows = yield token
+            if rows is not None:
+                token, cache = token[rows], cache.select(rows)
+            logits = decoder.step(token, cache)
+
+    def generate(self, tokens, max_new_tokens=64, temperature=0.6, top_p=1.0, stop=(), generator=None):
+        """Continue prompts until `max_new_tokens` or a token of `stop` (an id or several).
+
+        A (B, T) tensor gives (B, T + new), finished rows filled up with [PAD], the last id. A list of
+        prompts of different lengths gives a list of 1-D tensors, each cut after its stop token.
+        Temperature 0 takes the likeliest token; `generator` seeds the draws.
+        """
+        device, pad = self.lm_head.weight.device, self.cfg.vocab_size - 1
+        if not 0 < top_p <= 1 or temperature < 0:
+            raise ValueError(f"top_p must be in (0, 1], temperature not negative, got {top_p}, {temperature}")
+        ragged = not isinstance(tokens, torch.Tensor)
+        tokens, padding = left_pad(tokens, pad, device) if ragged else (tokens.to(device), None)
+        (B, T), dtype = tokens.shape, autocast_dtype(self.lm_head.weight) or self.lm_head.weight.dtype
+        if T == 0:
+            raise ValueError("a prompt must hold at least one token; [BOS] starts a new text")
+        cache = LatentCache(self.cfg, B, T + max_new_tokens, device, dtype)
+        cache.padding = padding if ragged and padding.any() else None
+        stop = torch.tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.long, device=device)
+        new = tokens.new_full((B, max_new_tokens), pad)
+        row, done, going, used = torch.arange(B, device=device), tokens.new_zeros(B).bool(), None, 0
+        continuation = self.stream(tokens, cache, temperature, top_p, generator)
+        while used < max_new_tokens and len(row):
+            token = continuation.send(going)
+            new[row, used] = token.masked_fill(done, pad)
+            going, used = None, used + 1
+            if len(stop):
+                done = done | torch.isin(token, stop)
+                if done.sum() * 2 >= len(done):  # the half that goes on need not carry the other
+                    going = (~done).nonzero()[:, 0]
+                    row, done = row[going], done[going]
+        out = torch.cat((tokens, new[:, :used]), dim=1)
+        if not ragged:
+            return out
+        return [_cut_after(row[skip:], T - skip, stop) for row, skip in zip(out, padding.tolist())]
 
 
 # ==================================================================================================
@@ -1515,7 +1512,7 @@ def newton_schulz(G, steps=5, dtype=None):
     for speed, not for landing on exactly 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.to(dtype or G.dtype).flatten(0, -3) if G.ndim > 2 else G.to(dtype or G.dtype).unsqueeze(0)
+    X = G.to(dtype or G.dtype).reshape(-1, *G.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]  # the smaller Gram matrix is cheaper
     X = X.mT if tall else X
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # now no singular value exceeds 1
@@ -1551,29 +1548,27 @@ class MuonClip(torch.optim.Optimizer):
         if kind not in ("muonclip", "muon", "adamw"):
             raise ValueError(f"kind must be 'muonclip', 'muon' or 'adamw', got {kind!r}")
         if not (lr >= 0 and weight_decay >= 0 and 0 <= momentum < 1 and tau > 0):
-            raise ValueError(
-                f"impossible settings: lr {lr}, weight_decay {weight_decay}, momentum {momentum}, tau {tau}"
-            )
+            given = f"lr {lr}, weight_decay {weight_decay}, momentum {momentum}, tau {tau}"
+            raise ValueError(f"impossible settings: {given}")
         by_muon, by_adamw = [], []
         for name, p in self.named_parameters(model):
-            if bool(ADAMW_PARAMETERS.fullmatch(name)) == bool(MUON_PARAMETERS.fullmatch(name)):
+            muon, adamw_too = MUON_PARAMETERS.fullmatch(name), ADAMW_PARAMETERS.fullmatch(name)
+            if bool(muon) == bool(adamw_too):
                 raise ValueError(f"no rule says whether Muon or AdamW updates {name} {tuple(p.shape)}")
-            muon = kind != "adamw" and MUON_PARAMETERS.fullmatch(name)
-            (by_muon if muon else by_adamw).append(p)
-        common = dict(lr=lr, weight_decay=weight_decay)
+            (by_muon if muon and kind != "adamw" else by_adamw).append(p)
         groups = [
-            dict(
-                params=by_muon, rule="muon", momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, **common
-            ),
-            dict(params=by_adamw, rule="adamw", betas=betas, eps=eps, **common),
+            dict(params=by_muon, rule="muon", momentum=momentum, nesterov=nesterov, ns_steps=ns_steps),
+            dict(params=by_adamw, rule="adamw", betas=betas, eps=eps),
         ]
-        super().__init__([group for group in groups if group["params"]], {})
+        common = dict(lr=lr, weight_decay=weight_decay)
+        super().__init__([group for group in groups if group["params"]], common)
         self.model, self.tau, self.clip = model, tau, kind == "muonclip"
         self.ns_dtype, self.bias_update_rate = ns_dtype, bias_update_rate
         self.max_logits = torch.full_like(model.max_logits, -math.inf)
         self.expert_load = torch.zeros_like(model.expert_load)
 
     def named_parameters(self, model):
+        """What is updated, by name."""
         return model.named_parameters()
 
     def parameter_of(self, p):
@@ -1644,17 +1639,14 @@ class MuonClip(torch.optim.Optimizer):
     def _adamw(self, params, group):
         for p in params:
             if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), device=p.device)
-                self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = (
-                    torch.zeros_like(p),
-                    torch.zeros_like(p),
-                )
-        state = {key: [self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")}
+                step, m, v = torch.zeros((), device=p.device), torch.zeros_like(p), torch.zeros_like(p)
+                self.state[p].update(step=step, exp_avg=m, exp_avg_sq=v)
+        m, v, steps = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
+        beta1, beta2 = group["betas"]
         adamw(
-            params, [p.grad for p in params], state["exp_avg"], state["exp_avg_sq"], [], state["step"],
-            fused=params[0].device.type in ("cpu", "cuda", "mps"), amsgrad=False, beta1=group["betas"][0],
-            beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-            maximize=False,
+            params, [p.grad for p in params], m, v, [], steps, amsgrad=False, maximize=False,
+            fused=params[0].device.type in ("cpu", "cuda", "mps"), beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"],
         )
 
     def _read_records(self):
@@ -1710,10 +1702,9 @@ def save_pretrained(model, tok, folder, max_shard_bytes=5 * 10**9, state=None):
     """Write model and tokenizer (or None) to `folder`. It appears complete or not at all: an older
     one there is replaced only once the new one is on disk. `state` stands in for the model's state dict;
     DTensors in it are gathered one at a time, in its order."""
-    if tok is not None and tok.n_vocab != model.cfg.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tok.n_vocab} ids, the model's vocab_size is {model.cfg.vocab_size}"
-        )
+    vocab_size = model.cfg.vocab_size
+    if tok is not None and tok.n_vocab != vocab_size:
+        raise ValueError(f"the tokenizer has {tok.n_vocab} ids, the model's vocab_size is {vocab_size}")
     folder = Path(folder).resolve()  # through a symbolic link
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
@@ -1728,8 +1719,7 @@ def save_pretrained(model, tok, folder, max_shard_bytes=5 * 10**9, state=None):
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
         config = {**model.cfg.to_json(), "torch_dtype": dtype}
         _write_json(new / "config.json", config)
-        chat_stop = model.cfg.vocab_size - 254  # <|im_end|>
-        _write_json(new / "generation_config.json", {"eos_token_id": chat_stop})
+        _write_json(new / "generation_config.json", {"eos_token_id": vocab_size - 254})  # <|im_end|>
         if tok is not None:
             _write_tokenizer(tok, new, model.cfg.max_position_embeddings)
     except OSError as error:
@@ -1807,12 +1797,10 @@ def load_pretrained(folder, device="cpu", dtype=None, shard=None):
             f"{len(unknown)} unknown {unknown[:3]}"
         )
     dtype = dtype or _read_tensor(files, "model.embed_tokens.weight", folder).dtype
-    model = model.to(dtype)
+    for p in model.parameters():  # router biases and records stay fp32
+        p.data = p.data.to(dtype)
     first_rows = shard(model) if shard else {}
     model.to_empty(device=device)
-    for name, buffer in list(model.named_buffers()):  # router biases and records stay fp32
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = buffer.float()
     model.init_buffers()
     state = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in model.state_dict().items()}
     with torch.no_grad():
