@@ -434,13 +434,11 @@ CALL_ID = re.compile(r"functions\.(\w{1,64}):(\d+)")
 def _content(message, number):
     """The text of a message; OpenAI also allows a list of text parts, or none beside tool calls."""
     content = message.get("content")
-    if isinstance(content, list) and all(
-        isinstance(p, dict) and isinstance(p.get("text"), str) for p in content
-    ):
-        return "".join(part["text"] for part in content)
-    if content is not None and not isinstance(content, str):
+    parts = content if isinstance(content, list) else [{"text": "" if content is None else content}]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"message {number}: content must be text, got {type(content).__name__}")
-    return content or ""
+    return "".join(texts)
 
 
 def _turns(messages):
@@ -1032,6 +1030,20 @@ def sequence_aux_loss(chosen_NK, scores_NE, B):
     return (f * share.view(B, -1, E).mean(dim=1)).sum(dim=-1).mean()
 
 
+grouped_mm_eager = torch.compiler.disable(F.grouped_mm)  # torch.compile knows it in bf16 only
+
+
+def grouped_linear(x, weight, ends):
+    """x (M, in) holds the rows of expert 0, 1, ... up to ends[e]; weight (E, out, in) -> (M, out)."""
+    aligned = all(d * x.element_size() % 16 == 0 for d in weight.shape[1:])
+    kernel = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
+    if aligned and kernel:
+        call = F.grouped_mm if x.dtype == torch.bfloat16 else grouped_mm_eager
+        return call(x, weight.transpose(-2, -1), offs=ends.int())
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0))])
+
+
 class Experts(nn.Module):
     """E SwiGLU experts as three stacked tensors: gate_proj, up_proj (E, F, C), down_proj (E, C, F)."""
 
@@ -1080,20 +1092,6 @@ class Experts(nn.Module):
                 h = F.silu(torch.mv(self.gate_proj[e], x)) * torch.mv(self.up_proj[e], x)
                 y.addmv_(self.down_proj[e], h, alpha=weight)
         return out
-
-
-grouped_mm_eager = torch.compiler.disable(F.grouped_mm)  # torch.compile knows it in bf16 only
-
-
-def grouped_linear(x, weight, ends):
-    """x (M, in) holds the rows of expert 0, 1, ... up to ends[e]; weight (E, out, in) -> (M, out)."""
-    aligned = all(d * x.element_size() % 16 == 0 for d in weight.shape[1:])
-    kernel = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
-    if aligned and kernel:
-        call = F.grouped_mm if x.dtype == torch.bfloat16 else grouped_mm_eager
-        return call(x, weight.transpose(-2, -1), offs=ends.int())
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0))])
 
 
 class MoE(nn.Module):
@@ -1164,15 +1162,14 @@ class HeadLoss(torch.autograd.Function):
         dh, dw = torch.empty_like(h_NC), torch.zeros_like(w_VC, dtype=torch.float32)
         buffer = h_NC.new_empty(min(rows, len(h_NC)), len(w_VC))
         for h, target, dh_part in zip(h_NC.split(rows), targets_N.split(rows), dh.split(rows)):
-            s = torch.mm(h, w_VC.T, out=buffer[: len(h)]).float()
-            counts, index = (target != -100)[:, None], target.clamp(min=0)[:, None]
+            s, target = torch.mm(h, w_VC.T, out=buffer[: len(h)]).float(), target[:, None]
             s -= s.amax(dim=-1, keepdim=True)
-            right = s.gather(1, index)
+            right = s.gather(1, target)
             p = s.exp_()
             z = p.sum(dim=-1, keepdim=True)
-            total += ((z.log() - right) * counts).sum()
-            p *= counts / z
-            p.scatter_add_(1, index, -counts.to(p.dtype))
+            total += (z.log() - right).sum()
+            p *= 1 / z
+            p.scatter_add_(1, target, -torch.ones_like(right))
             p = p.to(h.dtype)
             torch.mm(p, w_VC, out=dh_part)
             dw += p.T @ h
@@ -1431,7 +1428,7 @@ class KimiK2(nn.Module):
 
     def loss(self, tokens, targets, document=None):
         """The same mean cross-entropy as `self(tokens, targets)`, with less memory and time: for training."""
-        asked = (targets != -100).flatten().nonzero()[:, 0]  # no logits where no target is: most of a chat
+        asked = (targets != -100).flatten().nonzero()[:, 0]  # most of a chat has no target, so no logits
         h = self.hidden(tokens, document=document).flatten(0, 1).index_select(0, asked)
         dtype = autocast_dtype(h) or h.dtype
         total = HeadLoss.apply(h.to(dtype), self.lm_head.weight.to(dtype), targets.flatten()[asked])
@@ -1698,6 +1695,49 @@ def _hf_names(state):
             yield name, name, None
 
 
+def _write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(tok, folder, context):
+    tok.save(folder)
+    (folder / "tokenizer.json").write_text(tok.to_tokenizer_json(), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    names = {"bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **names}
+    _write_json(folder / "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": False})
+
+
+def whole_of(tensor):
+    """A tensor, or all of the one of which this process has a shard: then every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _write_weights(state, folder, max_shard_bytes):
+    shards, size = [[]], 0
+    for hf, name, e in _hf_names(state):
+        n_bytes = state[name].nbytes // (1 if e is None else len(state[name]))
+        if size + n_bytes > max_shard_bytes and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append((hf, name, e))
+        size += n_bytes
+    where, total, whole = {}, 0, functools.lru_cache(1)(lambda name: whole_of(state[name]))
+    for number, entries in enumerate(shards, 1):
+        one = len(shards) == 1
+        file = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {hf: (whole(n) if e is None else whole(n)[e]).cpu().contiguous() for hf, n, e in entries}
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, above all
+            raise OSError(str(error)) from None
+        where.update(dict.fromkeys(tensors, file))
+        total += sum(t.nbytes for t in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
 def save_pretrained(model, tok, folder, max_shard_bytes=5 * 10**9, state=None):
     """Write model and tokenizer (or None) to `folder`. It appears complete or not at all: an older
     one there is replaced only once the new one is on disk. `state` stands in for the model's state dict;
@@ -1717,8 +1757,7 @@ def save_pretrained(model, tok, folder, max_shard_bytes=5 * 10**9, state=None):
     try:
         _write_weights(state or model.state_dict(), new, max_shard_bytes)
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-        config = {**model.cfg.to_json(), "torch_dtype": dtype}
-        _write_json(new / "config.json", config)
+        _write_json(new / "config.json", {**model.cfg.to_json(), "torch_dtype": dtype})
         _write_json(new / "generation_config.json", {"eos_token_id": vocab_size - 254})  # <|im_end|>
         if tok is not None:
             _write_tokenizer(tok, new, model.cfg.max_position_embeddings)
@@ -1729,93 +1768,6 @@ def save_pretrained(model, tok, folder, max_shard_bytes=5 * 10**9, state=None):
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_tokenizer(tok, folder, context):
-    tok.save(folder)
-    (folder / "tokenizer.json").write_text(tok.to_tokenizer_json(), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    names = {"bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **names}
-    _write_json(folder / "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": False})
-
-
-def _write_weights(state, folder, max_shard_bytes):
-    shards, size = [[]], 0
-    for entry in _hf_names(state):
-        _, name, e = entry
-        n_bytes = state[name].nbytes // (1 if e is None else len(state[name]))
-        if size + n_bytes > max_shard_bytes and shards[-1]:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += n_bytes
-    where, total, whole = {}, 0, functools.lru_cache(1)(lambda name: whole_of(state[name]))
-    for number, entries in enumerate(shards, 1):
-        one = len(shards) == 1
-        file = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {hf: (whole(n) if e is None else whole(n)[e]).cpu().contiguous() for hf, n, e in entries}
-        try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, above all
-            raise OSError(str(error)) from None
-        where.update(dict.fromkeys(tensors, file))
-        total += sum(t.nbytes for t in tensors.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        _write_json(folder / "model.safetensors.index.json", index)
-
-
-def whole_of(tensor):
-    """A tensor, or all of the one of which this process has a shard: then every rank must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def load_pretrained(folder, device="cpu", dtype=None, shard=None):
-    """(model, tokenizer) from a folder in Hugging Face's layout; the tokenizer is None without a rank
-    file. Weights stream into place, so no second copy is held; `dtype` None keeps the files' own.
-    `shard(model)` may leave this process only some rows of some tensors, and returns {name: first row}.
-    A missing, unknown or damaged tensor raises ValueError; nothing is ever unpickled."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder at {folder}")
-    cfg = KimiConfig.from_json(folder / "config.json")
-    with torch.device("meta"):
-        model = KimiK2(cfg)
-    files = _open_weights(folder)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    targets = {hf: (name, e) for hf, name, e in _hf_names(model.state_dict())}
-    missing, unknown = sorted(targets.keys() - files.keys()), sorted(files.keys() - targets.keys())
-    unknown = [name for name in unknown if not name.endswith((".weight_scale_inv", ".rotary_emb.inv_freq"))]
-    if missing or unknown:
-        raise ValueError(
-            f"{folder} does not hold this model: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}"
-        )
-    dtype = dtype or _read_tensor(files, "model.embed_tokens.weight", folder).dtype
-    for p in model.parameters():  # router biases and records stay fp32
-        p.data = p.data.to(dtype)
-    first_rows = shard(model) if shard else {}
-    model.to_empty(device=device)
-    model.init_buffers()
-    state = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in model.state_dict().items()}
-    with torch.no_grad():
-        for hf, (name, e) in targets.items():
-            target, first, shape = state[name], first_rows.get(name, 0), shapes[name]
-            if e is not None:
-                if not first <= e < first + len(target):
-                    continue
-                target, first, shape = target[e - first], 0, shape[1:]
-            tensor = _read_tensor(files, hf, folder)
-            if tensor.shape != shape:
-                raise ValueError(f"{folder}: {hf} is {tuple(tensor.shape)}, not {tuple(shape)}")
-            target.copy_(tensor[first : first + len(target)])
-    has_ranks = (folder / "tiktoken.model").exists()
-    return model.eval(), Tokenizer.load(folder) if has_ranks else None
 
 
 def _open_weights(folder):
@@ -1852,3 +1804,43 @@ def _read_tensor(files, name, folder):
         raise ValueError(f"{folder}: the fp8 tensor {name} needs {scale_name} of shape {blocks}, {got}")
     scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
     return (tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]).bfloat16()
+
+
+def load_pretrained(folder, device="cpu", dtype=None, shard=None):
+    """(model, tokenizer) from a folder in Hugging Face's layout; the tokenizer is None without a rank
+    file. Weights stream into place, so no second copy is held; `dtype` None keeps the files' own.
+    `shard(model)` may leave this process only some rows of some tensors, and returns {name: first row}.
+    A missing, unknown or damaged tensor raises ValueError; nothing is ever unpickled."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder at {folder}")
+    cfg = KimiConfig.from_json(folder / "config.json")
+    with torch.device("meta"):
+        model = KimiK2(cfg)
+    files = _open_weights(folder)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    targets = {hf: (name, e) for hf, name, e in _hf_names(model.state_dict())}
+    missing, unknown = sorted(targets.keys() - files.keys()), sorted(files.keys() - targets.keys())
+    unknown = [name for name in unknown if not name.endswith((".weight_scale_inv", ".rotary_emb.inv_freq"))]
+    if missing or unknown:
+        lost, more = f"{len(missing)} tensors missing {missing[:3]}", f"{len(unknown)} unknown {unknown[:3]}"
+        raise ValueError(f"{folder} does not hold this model: {lost}, {more}")
+    dtype = dtype or _read_tensor(files, "model.embed_tokens.weight", folder).dtype
+    for p in model.parameters():  # router biases and records stay fp32
+        p.data = p.data.to(dtype)
+    first_rows = shard(model) if shard else {}
+    model.to_empty(device=device)
+    model.init_buffers()
+    state = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        for hf, (name, e) in targets.items():
+            target, first, shape = state[name], first_rows.get(name, 0), shapes[name]
+            if e is not None:
+                if not first <= e < first + len(target):
+                    continue
+                target, first, shape = target[e - first], 0, shape[1:]
+            tensor = _read_tensor(files, hf, folder)
+            if tensor.shape != shape:
+                raise ValueError(f"{folder}: {hf} is {tuple(tensor.shape)}, not {tuple(shape)}")
+            target.copy_(tensor[first : first + len(target)])
+    return model.eval(), Tokenizer.load(folder) if (folder / "tiktoken.model").exists() else None
