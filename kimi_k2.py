@@ -881,21 +881,21 @@ def max_logits(q, k, scale, mask=None, block=128):
 
 
 def attend_absorbed(q_nope, q_rope, latent, w_uk, w_uv, scale, mask=None):
-    """Attend to the latents (B, S, R + rope), one key and value for all heads: (B, T, H * v).
+    """Attend to the latents (B, S, R + rope), one key and value for all heads: (B T, H * v).
 
-    q_nope, q_rope (B, T, H, nope | rope), w_uk (H, nope, R), w_uv (H, v, R).
+    q_nope, q_rope (B T, H, nope | rope), w_uk (H, nope, R), w_uv (H, R, v).
     """
-    (B, T, H, _), S, R = q_nope.shape, latent.shape[1], w_uk.shape[2]
-    q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk)  # W_UK^T q: (H, B T, R)
-    q = torch.cat((q_latent.transpose(0, 1), q_rope.flatten(0, 1)), dim=-1)  # (B T, H, R + rope)
-    s = torch.bmm(q.view(B, T * H, -1), latent.mT).float() * scale  # (B, T H, S)
+    (B, S, _), R, H, T = latent.shape, w_uk.shape[2], len(w_uk), len(q_nope) // len(latent)
+    q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # W_UK^T q: (B T, H, R)
+    q = torch.cat((q_latent, q_rope), dim=-1).view(B, T * H, -1)
+    s = torch.bmm(q, latent.mT).float() * scale  # (B, T H, S)
     if mask is None and T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=s.device).tril()
     if mask is not None:  # (T, S) or (B, 1, T, S): the same for all heads of a query
         s.view(B, T, H, S).masked_fill_(~mask.view(-1, T, 1, S), -math.inf)
     context = torch.bmm(s.softmax(dim=-1).to(latent.dtype), latent[..., :R])  # (B, T H, R)
-    out = torch.bmm(context.view(B * T, H, R).transpose(0, 1), w_uv.mT)  # W_UV context: (H, B T, v)
-    return out.transpose(0, 1).reshape(B, T, -1)
+    out = torch.bmm(context.view(B * T, H, R).transpose(0, 1), w_uv)  # W_UV context: (H, B T, v)
+    return out.transpose(0, 1).flatten(1)
 
 
 def autocast_dtype(x):
@@ -941,7 +941,9 @@ class MLA(nn.Module):
             absorb = cache is not None and self.absorbed_is_cheaper(x.shape[1], latent.shape[1])
         if absorb:
             w_uk, w_uv = self.absorbed_weights(latent.dtype)
-            return self.o_proj(attend_absorbed(q_nope, q_rope, latent, w_uk, w_uv, self.scale, mask)), None
+            q_nope, q_rope = q_nope.flatten(0, 1), q_rope.flatten(0, 1)  # (B T, H, nope | rope)
+            out = attend_absorbed(q_nope, q_rope, latent, w_uk, w_uv, self.scale, mask)
+            return self.o_proj(out.view(*x.shape[:2], -1)), None
         out, s_max = self.naive(q_nope, q_rope, latent, mask, record)
         return self.o_proj(out), s_max
 
@@ -965,8 +967,9 @@ class MLA(nn.Module):
         return out.transpose(1, 2).flatten(2), s_max
 
     def absorbed_weights(self, dtype):
-        """W_UK (H, nope, R) and W_UV (H, v, R), which make a head's keys and values of latents."""
-        return self.kv_b_proj.weight.to(dtype).view(self.H, -1, self.R).split([self.nope, self.v], dim=1)
+        """W_UK (H, nope, R) and W_UV, transposed, (H, R, v): a head's keys and values from latents."""
+        w = self.kv_b_proj.weight.to(dtype).view(self.H, -1, self.R)
+        return w[:, : self.nope], w[:, self.nope :].mT
 
 
 # ==================================================================================================
@@ -1294,9 +1297,8 @@ class Decoder:
         rope = rotate(rope, cos, sin)  # (B, H + 1, rope)
         new = torch.cat((p.kv_norm(c_kv), rope[:, H]), dim=1)
         latent = cache.update(number, new.unsqueeze(1)).to(h.dtype)  # (B, S, R + rope)
-        q_nope, q_rope = q[:, None, :, : self.nope], rope[:, None, :H]  # (B, 1, H, nope | rope)
-        out = attend_absorbed(q_nope, q_rope, latent, p.w_uk, p.w_uv, self.scale, seen)
-        return F.linear(out.squeeze(1), p.o)
+        q_nope, q_rope = q[..., : self.nope], rope[:, :H]
+        return F.linear(attend_absorbed(q_nope, q_rope, latent, p.w_uk, p.w_uv, self.scale, seen), p.o)
 
     def ffn(self, h, p):
         """Dense FFN, or experts and shared expert, (B, C) -> (B, C)."""
