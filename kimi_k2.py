@@ -855,14 +855,6 @@ def attend(q, k, v, scale, mask=None, record=False):
     return (s.softmax(dim=-1) @ v.flatten(0, 1)).view(B, H, T, -1), s_max
 
 
-def attend_fused(q, k, v, scale, mask=None, record=False):
-    """The same by PyTorch's fused kernel, which never holds all of s: for long sequences and GPUs."""
-    pad = q.shape[-1] - v.shape[-1] if q.device.type == "cpu" else 0  # the CPU's wants equal widths
-    wide_v, causal = F.pad(v, (0, pad)) if pad > 0 else v, mask is None and q.shape[2] > 1
-    out = F.scaled_dot_product_attention(q, k, wide_v, mask, is_causal=causal, scale=scale)
-    return out[..., : v.shape[-1]], max_logits(q, k, scale, mask) if record else None
-
-
 @torch.no_grad()
 def max_logits(q, k, scale, mask=None, block=128):
     """S_max of each head (H,) by itself, from q, k (B, H, T, D); a mask (B, 1, T, T) as `attend` has it.
@@ -878,6 +870,14 @@ def max_logits(q, k, scale, mask=None, block=128):
         future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(t + 1)
         best.append(s.masked_fill_(future, -math.inf).amax(dim=(1, 2)))
     return torch.stack(best).amax(dim=0).float() * scale
+
+
+def attend_fused(q, k, v, scale, mask=None, record=False):
+    """`attend` by PyTorch's fused kernel, which never holds all of s: for long sequences and GPUs."""
+    pad = q.shape[-1] - v.shape[-1] if q.device.type == "cpu" else 0  # the CPU's wants equal widths
+    wide_v, causal = F.pad(v, (0, pad)) if pad > 0 else v, mask is None and q.shape[2] > 1
+    out = F.scaled_dot_product_attention(q, k, wide_v, mask, is_causal=causal, scale=scale)
+    return out[..., : v.shape[-1]], max_logits(q, k, scale, mask) if record else None
 
 
 def attend_absorbed(q_nope, q_rope, latent, w_uk, w_uv, scale, mask=None):
