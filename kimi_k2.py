@@ -74,6 +74,7 @@ FIXED = (
     "hidden_act", "attention_bias", "tie_word_embeddings", "num_nextn_predict_layers",
 )
 MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+POSITIVE = ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor")
 
 
 def _nearest(name, known):
@@ -143,35 +144,25 @@ class KimiConfig:
     aux_loss_alpha: float = 0.001  # left over from DeepSeek's template, never read: see --aux_alpha
 
     def __post_init__(self):
-        sizes = [f.name for f in dataclasses.fields(self) if f.type is int] + ["q_lora_rank"]
-        for name in sizes:
-            value, least = getattr(self, name), 0 if name in MAY_BE_ZERO else 1
-            if name == "q_lora_rank" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        for name in FIXED:
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default:
-                raise ValueError(f"{name} must be {default!r} as in Kimi K2, got {getattr(self, name)!r}")
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(
-                f"qk_rope_head_dim rotates pairs, so it must be even, got {self.qk_rope_head_dim}"
-            )
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) cannot exceed "
-                f"n_routed_experts ({self.n_routed_experts})"
-            )
-        if self.first_k_dense_replace > self.num_hidden_layers:
-            raise ValueError(
-                f"first_k_dense_replace ({self.first_k_dense_replace}) cannot exceed "
-                f"num_hidden_layers ({self.num_hidden_layers})"
-            )
+        def check(name, fine, what):
+            if not fine:
+                raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
+
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type is int or (name == "q_lora_rank" and value is not None):
+                least = 0 if name in MAY_BE_ZERO else 1
+                check(name, type(value) is int and value >= least, f"a whole number of at least {least}")
+            if name in POSITIVE and value is not None:
+                check(name, isinstance(value, (int, float)) and 0 < value < math.inf, "a positive number")
+            if name in FIXED:
+                check(name, value == field.default, f"{field.default!r} as in Kimi K2")
+        check("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even, as it rotates pairs")
+        for part, whole in (("num_experts_per_tok", "n_routed_experts"),
+                            ("first_k_dense_replace", "num_hidden_layers")):
+            few, many = getattr(self, part), getattr(self, whole)
+            if few > many:
+                raise ValueError(f"{part} ({few}) cannot exceed {whole} ({many})")
         object.__setattr__(self, "rope_scaling", _check_rope_scaling(self.rope_scaling))
         if self.routed_scaling_factor is None:
             factor = gate_factor(self.n_routed_experts, self.num_experts_per_tok)
@@ -181,9 +172,8 @@ class KimiConfig:
     def preset(cls, name, **overrides):
         """A named size (PRESETS, below) with any field overridden."""
         if name not in PRESETS:
-            raise ValueError(
-                f"unknown preset {name!r}{_nearest(name, PRESETS)}; there are: {', '.join(PRESETS)}"
-            )
+            guess = _nearest(name, PRESETS)
+            raise ValueError(f"unknown preset {name!r}{guess}; there are: {', '.join(PRESETS)}")
         known = [f.name for f in dataclasses.fields(cls)]
         for field in overrides:
             if field not in known:
@@ -290,35 +280,30 @@ class Counts:
 
     def training_bytes(self, weight=4, gradient=4, state=4):
         """Bytes of weights, gradients and optimizer state: Muon keeps one number, AdamW two."""
-        adamw_part = 2 * self.embedding + self.norms
-        n_state = self.total + adamw_part
-        return {
-            "weights": weight * self.total,
-            "gradients": gradient * self.total,
-            "optimizer": state * n_state,
-        }
+        n = self.total
+        n_state = n + 2 * self.embedding + self.norms  # the last two are AdamW's part
+        return {"weights": weight * n, "gradients": gradient * n, "optimizer": state * n_state}
 
     def cache_bytes_per_token(self, element=2):
         """Bytes that one more token of context costs: L (R + rope) numbers (V3 2.1.1)."""
         cfg = self._cfg
         return element * cfg.num_hidden_layers * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
 
-    def _matmul_flops(self):
-        return 2 * (self.active - self.embedding - self.norms)
+    def _forward_flops(self, width, keys):
+        """Of a token: 2 for each weight it meets; in each head 2 for each of `width` dims of each key."""
+        cfg = self._cfg
+        weights = self.active - self.embedding - self.norms
+        return 2 * weights + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * keys
 
     def train_flops(self, context):
         """FLOPs a token, forward and backward (3 x forward), in sequences of `context` tokens."""
         cfg = self._cfg
         width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
-        seen = (context + 1) / 2  # causal: half of the keys on average
-        return 3 * (self._matmul_flops() + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * seen)
+        return 3 * self._forward_flops(width, (context + 1) / 2)  # causal: half of the keys on average
 
     def decode_flops(self, context):
         """FLOPs to produce one token after `context` others, in the absorbed form of section 4."""
-        cfg = self._cfg
-        width = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
-        seen = context + 1
-        return self._matmul_flops() + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * seen
+        return self._forward_flops(2 * self._cfg.kv_lora_rank + self._cfg.qk_rope_head_dim, context + 1)
 
 
 def count_parameters(cfg):
@@ -376,6 +361,35 @@ SPECIAL_NAMES = {
 
 DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 
+# GPT-2's table: every byte as one printable character, which is how Hugging Face writes BPE tokens.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
+BYTE_TO_CHAR = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
+CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+
+def _pieces(text, longest=400_000, longest_run=25_000):
+    """Cut as K2's tokenizer does: slices of 400,000 characters, and inside them runs of 25,000
+    characters that are all space or all not, because the pattern's regex overflows on longer ones."""
+    for i in range(0, len(text), longest):
+        piece, start = text[i : i + longest], 0
+        for run in re.finditer(r"\s+|\S+", piece) if len(piece) > longest_run else ():
+            for cut in range(run.start() + longest_run, run.end(), longest_run):
+                yield piece[start:cut]
+                start = cut
+        yield piece[start:]
+
+
+def _bpe_tokenizer(model):
+    """Hugging Face's tokenizer around a BPE model: split by the pattern, then bytes as characters."""
+    bpe = tokenizers.Tokenizer(model)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    return bpe
+
+
 # The same rendering as Tokenizer.render below, for engines that read a folder we saved.
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
@@ -412,19 +426,50 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}
 """.replace("DEFAULT_SYSTEM", DEFAULT_SYSTEM)
 
-ROLE_TOKEN = {
-    "system": "<|im_system|>",
-    "tool": "<|im_system|>",
-    "user": "<|im_user|>",
-    "assistant": "<|im_assistant|>",
-}
+ROLE_TOKEN = {"system": "<|im_system|>", "tool": "<|im_system|>", "user": "<|im_user|>",
+              "assistant": "<|im_assistant|>"}
 CALL_ID = re.compile(r"functions\.(\w{1,64}):(\d+)")
 
-# GPT-2's table: every byte as one printable character, which is how Hugging Face writes BPE tokens.
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
-BYTE_TO_CHAR = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
-CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+def _content(message, number):
+    """The text of a message; OpenAI also allows a list of text parts, or none beside tool calls."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": "" if content is None else content}]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"message {number}: content must be text, got {type(content).__name__}")
+    return "".join(texts)
+
+
+def _turns(messages):
+    """(role, name, text, calls as [(id, arguments)]) of each message, a system prompt first.
+
+    Ids of calls are functions.NAME:IDX, IDX counting through the whole dialog; calls that come with
+    other ids ("call_x7") are renamed so, and the tool results that answer them too.
+    """
+    given_system = bool(messages) and messages[0].get("role") == "system"
+    default = [] if given_system else [{"role": "system", "content": DEFAULT_SYSTEM}]
+    new_id, n_calls = {}, 0
+    for number, message in enumerate([*default, *messages], -len(default)):
+        role, calls = message.get("role"), []
+        if role not in ROLE_TOKEN:
+            raise ValueError(f"message {number}: role must be one of {', '.join(ROLE_TOKEN)}, got {role!r}")
+        text = _content(message, number)
+        if role == "tool":
+            answered = message.get("tool_call_id", "")
+            text = f"## Return of {new_id.get(answered, answered)}\n{text}"
+        for call in message.get("tool_calls") or []:
+            try:
+                function, given = call["function"], call.get("id") or ""
+                name = given if CALL_ID.fullmatch(given) else f"functions.{function['name']}:{n_calls}"
+            except (KeyError, TypeError, AttributeError):
+                raise ValueError(f"message {number}: a tool call needs a function with a name") from None
+            new_id[given], n_calls = name, n_calls + 1
+            arguments = function.get("arguments", "{}")
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            calls.append((name, arguments))
+        yield role, message.get("name") or role, text, calls
 
 
 class Tokenizer:
@@ -434,11 +479,9 @@ class Tokenizer:
     """
 
     def __init__(self, ranks):
-        if sorted(ranks.values()) != list(range(len(ranks))) or any(
-            bytes([b]) not in ranks for b in range(256)
-        ):
+        self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        if [*self.ranks.values()] != [*range(len(ranks))] or {bytes([b]) for b in range(256)} - ranks.keys():
             raise ValueError("ranks must be 0, 1, 2 ... without gaps and contain all 256 single bytes")
-        self.ranks = ranks
         first = len(ranks)
         names = (SPECIAL_NAMES.get(i, f"<|reserved_token_{first + i}|>") for i in range(N_SPECIAL))
         self.special = {name: first + i for i, name in enumerate(names)}
@@ -453,10 +496,9 @@ class Tokenizer:
 
         A text that runs out of pairs gives fewer. Hugging Face's `tokenizers` finds the merges.
         """
-        if vocab_size < 256 + N_SPECIAL:
-            raise ValueError(
-                f"vocab_size must be at least {256 + N_SPECIAL}: 256 bytes and {N_SPECIAL} special ids"
-            )
+        least = 256 + N_SPECIAL
+        if vocab_size < least:
+            raise ValueError(f"vocab_size must be at least {least}: 256 bytes and {N_SPECIAL} special ids")
         texts = [texts] if isinstance(texts, str) else texts
         bpe = _bpe_tokenizer(tokenizers.models.BPE())
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -491,8 +533,7 @@ class Tokenizer:
     def save(self, path):
         """Write the rank file; a folder gets `tiktoken.model` in it."""
         path = Path(path) / "tiktoken.model" if Path(path).is_dir() else Path(path)
-        by_rank = sorted(self.ranks.items(), key=lambda item: item[1])
-        path.write_bytes(b"".join(b64encode(token) + b" %d\n" % rank for token, rank in by_rank))
+        path.write_bytes(b"".join(b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()))
 
     def encode(self, text):
         """Ids of `text`. Text is text: the names of special tokens in it stay ordinary characters."""
@@ -509,73 +550,36 @@ class Tokenizer:
 
     def token_bytes(self):
         """How many bytes of text each id stands for, (n_vocab,): what bits per byte divides by."""
-        return [len(token) for token, _ in sorted(self.ranks.items(), key=lambda t: t[1])] + [0] * N_SPECIAL
+        return [len(token) for token in self.ranks] + [0] * N_SPECIAL
 
     def render(self, messages, tools=None, add_generation_prompt=False):
         """A dialog in OpenAI's format as (ids, mask): K2's shipped template, not R App. B's older one.
 
-        mask is 1 on what the assistant wrote: content, calls and the closing <|im_end|>, not the
-        header. Ids of calls are functions.NAME:IDX, IDX counting through the whole dialog; calls that
-        come with other ids ("call_x7") are renamed so, and the tool results that answer them too.
+        mask is 1 on what the assistant wrote: content, calls and the closing <|im_end|>, not the header.
         """
-        ids, mask = [], []
+        ids, mask, text = [], [], self.encode
 
-        def put(*parts, trained=0):
+        def put(*parts, trained=0):  # names of special tokens, and ids of text, which is never special
             for part in parts:
-                new = [self.special[part]] if part in self.special else self.encode(part)
+                new = [self.special[part]] if isinstance(part, str) else part
                 ids.extend(new)
                 mask.extend([trained] * len(new))
 
-        def put_text(text, trained=0):  # as put, for text from outside, which is never special
-            new = self.encode(text)
-            ids.extend(new)
-            mask.extend([trained] * len(new))
-
         if tools:
             declared = json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
-            put("<|im_system|>", "tool_declare", "<|im_middle|>")
-            put_text(declared)
-            put("<|im_end|>")
-        given_system = bool(messages) and messages[0].get("role") == "system"
-        default = [] if given_system else [{"role": "system", "content": DEFAULT_SYSTEM}]
-        new_id, n_calls = {}, 0
-        for number, message in enumerate([*default, *messages], -len(default)):
-            role = message.get("role")
-            if role not in ROLE_TOKEN:
-                raise ValueError(
-                    f"message {number}: role must be one of {', '.join(ROLE_TOKEN)}, got {role!r}"
-                )
-            put(ROLE_TOKEN[role])
-            put_text(message.get("name") or role)
-            put("<|im_middle|>")
-            content, said = _content(message, number), int(role == "assistant")
-            if role == "tool":
-                answered = message.get("tool_call_id", "")
-                content = f"## Return of {new_id.get(answered, answered)}\n{content}"
-            put_text(content, said)
-            calls = message.get("tool_calls") or []
+            put("<|im_system|>", text("tool_declare"), "<|im_middle|>", text(declared), "<|im_end|>")
+        for role, name, content, calls in _turns(messages):
+            put(ROLE_TOKEN[role], text(name), "<|im_middle|>")
+            body = [text(content)]
             if calls:
-                put("<|tool_calls_section_begin|>", trained=said)
-            for call in calls:
-                try:
-                    function, given = call["function"], call.get("id") or ""
-                    name = given if CALL_ID.fullmatch(given) else f"functions.{function['name']}:{n_calls}"
-                except (KeyError, TypeError, AttributeError):
-                    raise ValueError(f"message {number}: a tool call needs a function with a name") from None
-                new_id[given], n_calls = name, n_calls + 1
-                arguments = function.get("arguments", "{}")
-                if not isinstance(arguments, str):
-                    arguments = json.dumps(arguments, ensure_ascii=False)
-                put("<|tool_call_begin|>", trained=said)
-                put_text(name, said)
-                put("<|tool_call_argument_begin|>", trained=said)
-                put_text(arguments, said)
-                put("<|tool_call_end|>", trained=said)
-            if calls:
-                put("<|tool_calls_section_end|>", trained=said)
-            put("<|im_end|>", trained=said)
+                body.append("<|tool_calls_section_begin|>")
+                for call_id, arguments in calls:
+                    body += ["<|tool_call_begin|>", text(call_id)]
+                    body += ["<|tool_call_argument_begin|>", text(arguments), "<|tool_call_end|>"]
+                body.append("<|tool_calls_section_end|>")
+            put(*body, "<|im_end|>", trained=int(role == "assistant"))
         if add_generation_prompt:
-            put("<|im_assistant|>", "assistant", "<|im_middle|>")
+            put("<|im_assistant|>", text("assistant"), "<|im_middle|>")
         return ids, mask
 
     def parse(self, ids):
@@ -586,42 +590,45 @@ class Tokenizer:
         reported there and left out of "tool_calls". Structure is read from ids, never from text, so
         nothing that text spells can forge a call.
         """
-        turn, _ = _cut(list(map(int, ids)), self.special["<|im_end|>"])
-        turn, _ = _cut(turn, self.special["[EOS]"])
-        said, section = _cut(turn, self.special["<|tool_calls_section_begin|>"])
         errors, calls = [], []
-        if not self._is_text(said):
-            errors.append(f"special tokens inside the answer: {self.decode(said)!r}")
-        body, after = _cut(section or [], self.special["<|tool_calls_section_end|>"])
-        if section is not None and after is None:
-            errors.append("the tool call section is not closed")
-        if section is not None and not body:
-            errors.append("the tool call section is empty")
-        if after:
-            errors.append(f"text after the tool call section: {self.decode(after)!r}")
-        before, rest = _cut(body, self.special["<|tool_call_begin|>"])
-        if before:
-            errors.append(f"text between tool calls: {self.decode(before)!r}")
+
+        def check(fine, what, ids=None):
+            if not fine:
+                errors.append(what if ids is None else f"{what}: {self.decode(ids)!r}")
+
+        turn, _ = self._cut(list(map(int, ids)), "<|im_end|>")
+        turn, _ = self._cut(turn, "[EOS]")
+        said, section = self._cut(turn, "<|tool_calls_section_begin|>")
+        check(self._is_text(said), "special tokens inside the answer", said)
+        body, after = self._cut(section or [], "<|tool_calls_section_end|>")
+        check(section is None or after is not None, "the tool call section is not closed")
+        check(section is None or body, "the tool call section is empty")
+        check(not after, "text after the tool call section", after)
+        before, rest = self._cut(body, "<|tool_call_begin|>")
+        check(not before, "text between tool calls", before)
         while rest is not None:
-            one, rest = _cut(rest, self.special["<|tool_call_begin|>"])
-            call, between = _cut(one, self.special["<|tool_call_end|>"])
-            parsed = (
-                f"a tool call is not closed: {self.decode(call)!r}"
-                if between is None
-                else self._parse_call(call)
-            )
-            (errors if isinstance(parsed, str) else calls).append(parsed)
-            if between:
-                errors.append(f"text between tool calls: {self.decode(between)!r}")
+            one, rest = self._cut(rest, "<|tool_call_begin|>")
+            call, between = self._cut(one, "<|tool_call_end|>")
+            check(between is not None, "a tool call is not closed", call)
+            if between is not None:
+                parsed = self._parse_call(call)
+                (errors if isinstance(parsed, str) else calls).append(parsed)
+            check(not between, "text between tool calls", between)
         message = {"role": "assistant", "content": self.decode(said), "tool_calls": calls}
         return {**message, "errors": errors} if errors else message
+
+    def _cut(self, ids, name):
+        """What stands before the first such token, and what stands after it (None if there is none)."""
+        token = self.special[name]
+        i = ids.index(token) if token in ids else len(ids)
+        return ids[:i], ids[i + 1 :] if i < len(ids) else None
 
     def _is_text(self, ids):
         return all(0 <= i < len(self.ranks) for i in ids)
 
     def _parse_call(self, ids):
         """One call as OpenAI writes it, or a sentence that says what is wrong."""
-        head, arguments = _cut(ids, self.special["<|tool_call_argument_begin|>"])
+        head, arguments = self._cut(ids, "<|tool_call_argument_begin|>")
         call_id, match = self.decode(head), CALL_ID.fullmatch(self.decode(head))
         if not match:
             return f"a tool call's id must look like functions.name:0, got {call_id!r}"
@@ -646,8 +653,7 @@ class Tokenizer:
         chars = {token: "".join(BYTE_TO_CHAR[b] for b in token) for token in self.ranks}
         merges = [
             (chars[token[:i]], chars[token[i:]])
-            for token in sorted(self.ranks, key=self.ranks.get)
-            for i in range(1, len(token))
+            for token in self.ranks for i in range(1, len(token))
             if token[:i] in chars and token[i:] in chars
         ]
         vocab = {chars[token]: rank for token, rank in self.ranks.items()}
@@ -658,55 +664,11 @@ class Tokenizer:
         return bpe.to_str()
 
 
-def _bpe_tokenizer(model):
-    bpe = tokenizers.Tokenizer(model)
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    return bpe
-
-
-def _pieces(text, longest=400_000, longest_run=25_000):
-    """Cut as K2's tokenizer does: slices of 400,000 characters, and inside them runs of 25,000
-    characters that are all space or all not, because the pattern's regex overflows on longer ones."""
-    for i in range(0, len(text), longest):
-        piece, start = text[i : i + longest], 0
-        for run in re.finditer(r"\s+|\S+", piece) if len(piece) > longest_run else ():
-            for cut in range(run.start() + longest_run, run.end(), longest_run):
-                yield piece[start:cut]
-                start = cut
-        yield piece[start:]
-
-
-def _content(message, number):
-    """The text of a message; OpenAI also allows a list of text parts, or none beside tool calls."""
-    content = message.get("content")
-    if isinstance(content, list) and all(
-        isinstance(p, dict) and isinstance(p.get("text"), str) for p in content
-    ):
-        return "".join(part["text"] for part in content)
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"message {number}: content must be text, got {type(content).__name__}")
-    return content or ""
-
-
-def _cut(ids, token):
-    """What stands before the first `token`, and what stands after it (None if there is no such)."""
-    i = ids.index(token) if token in ids else len(ids)
-    return ids[:i], ids[i + 1 :] if i < len(ids) else None
-
-
 # ==================================================================================================
 # 3  RMSNorm, RoPE, YaRN (R 2.3, 2.5; YaRN: arXiv 2309.00071)
 # ==================================================================================================
-
-
-def autocast_dtype(x):
-    """What autocast would compute in where x lives, or None when it is off."""
-    kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
+# RMSNorm gives every token's vector the same size, up to a learned gain: y = w x / rms(x), where
+# rms(x) = sqrt(mean(x^2) + eps). Unlike LayerNorm it subtracts no mean.
 
 
 class NormFunction(torch.autograd.Function):
@@ -729,7 +691,7 @@ class NormFunction(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 whatever x is."""
+    """w x / rms(x), computed in fp32 whatever x is."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -763,18 +725,15 @@ def rope_frequencies(cfg):
         return w.float(), 1.0
 
     def pair_that_turns(times):  # the pair index i whose wavelength fits `times` into L0
-        return (
-            d
-            * math.log(yarn["original_max_position_embeddings"] / (2 * math.pi * times))
-            / (2 * math.log(base))
-        )
+        turns = yarn["original_max_position_embeddings"] / (2 * math.pi * times)
+        return d * math.log(turns) / (2 * math.log(base))
 
     low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
     high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), d - 1)
     pair = torch.arange(d // 2, dtype=torch.float64, device="cpu")
     ramp = ((pair - low) / (high - low if high != low else 0.001)).clamp(0, 1)  # 0 keep, 1 stretch
-    w = w * (1 - ramp) + w / yarn["factor"] * ramp
     factor = yarn["factor"]
+    w = w * (1 - ramp) + w / factor * ramp
     return w.float(), yarn_mscale(factor, yarn["mscale"]) / yarn_mscale(factor, yarn["mscale_all_dim"])
 
 
@@ -833,10 +792,12 @@ class LatentCache:
 
     @property
     def c_kv(self):
+        """The latents of each layer, (B, length, R)."""
         return [buffer[:, : self.length, : self.latent] for buffer in self.buffers]
 
     @property
     def k_rope(self):
+        """The rotary keys of each layer, (B, length, rope)."""
         return [buffer[:, : self.length, self.latent :] for buffer in self.buffers]
 
     def update(self, layer, new):
@@ -858,8 +819,7 @@ class LatentCache:
         """A new cache with these rows (a list or tensor of indices): several continuations of one
         prompt are `cache.select([0, 0, 0, 0])`, finished rows are dropped by leaving them out."""
         rows = torch.as_tensor(rows, device=self.buffers[0].device)
-        other = object.__new__(LatentCache)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.buffers = [buffer.index_select(0, rows) for buffer in self.buffers]
         other.padding = None if self.padding is None else self.padding.index_select(0, rows)
         return other
@@ -895,14 +855,6 @@ def attend(q, k, v, scale, mask=None, record=False):
     return (s.softmax(dim=-1) @ v.flatten(0, 1)).view(B, H, T, -1), s_max
 
 
-def attend_fused(q, k, v, scale, mask=None, record=False):
-    """The same by PyTorch's fused kernel, which never holds all of s: for long sequences and GPUs."""
-    pad = q.shape[-1] - v.shape[-1] if q.device.type == "cpu" else 0  # the CPU's wants equal widths
-    wide_v, causal = F.pad(v, (0, pad)) if pad > 0 else v, mask is None and q.shape[2] > 1
-    out = F.scaled_dot_product_attention(q, k, wide_v, mask, is_causal=causal, scale=scale)
-    return out[..., : v.shape[-1]], max_logits(q, k, scale, mask) if record else None
-
-
 @torch.no_grad()
 def max_logits(q, k, scale, mask=None, block=128):
     """S_max of each head (H,) by itself, from q, k (B, H, T, D); a mask (B, 1, T, T) as `attend` has it.
@@ -918,6 +870,39 @@ def max_logits(q, k, scale, mask=None, block=128):
         future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(t + 1)
         best.append(s.masked_fill_(future, -math.inf).amax(dim=(1, 2)))
     return torch.stack(best).amax(dim=0).float() * scale
+
+
+def attend_fused(q, k, v, scale, mask=None, record=False):
+    """`attend` by PyTorch's fused kernel, which never holds all of s: for long sequences and GPUs."""
+    pad = q.shape[-1] - v.shape[-1] if q.device.type == "cpu" else 0  # the CPU's wants equal widths
+    wide_v, causal = F.pad(v, (0, pad)) if pad > 0 else v, mask is None and q.shape[2] > 1
+    out = F.scaled_dot_product_attention(q, k, wide_v, mask, is_causal=causal, scale=scale)
+    return out[..., : v.shape[-1]], max_logits(q, k, scale, mask) if record else None
+
+
+def attend_absorbed(q_nope, q_rope, latent, w_uk, w_uv, scale, mask=None):
+    """Attend to the latents (B, S, R + rope), one key and value for all heads: (B T, H * v).
+
+    q_nope, q_rope (B T, H, nope | rope), w_uk (H, nope, R), w_uv (H, R, v).
+    """
+    (B, S, _), R, H, T = latent.shape, w_uk.shape[2], len(w_uk), len(q_nope) // len(latent)
+    q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # W_UK^T q: (B T, H, R)
+    q = torch.cat((q_latent, q_rope), dim=-1).view(B, T * H, -1)
+    s = torch.bmm(q, latent.mT).float() * scale  # (B, T H, S)
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=s.device).tril()
+    if mask is not None:  # (T, S) or (B, 1, T, S): the same for all heads of a query
+        s.view(B, T, H, S).masked_fill_(~mask.view(-1, T, 1, S), -math.inf)
+    context = torch.bmm(s.softmax(dim=-1).to(latent.dtype), latent[..., :R])  # (B, T H, R)
+    out = torch.bmm(context.view(B * T, H, R).transpose(0, 1), w_uv)  # W_UV context: (H, B T, v)
+    return out.transpose(0, 1).flatten(1)
+
+
+def autocast_dtype(x):
+    """What autocast would compute in where x lives, or None when it is off."""
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 class MLA(nn.Module):
@@ -955,7 +940,10 @@ class MLA(nn.Module):
         if absorb is None:
             absorb = cache is not None and self.absorbed_is_cheaper(x.shape[1], latent.shape[1])
         if absorb:
-            return self.o_proj(self.absorbed(q_nope, q_rope, latent, mask)), None
+            w_uk, w_uv = self.absorbed_weights(latent.dtype)
+            q_nope, q_rope = q_nope.flatten(0, 1), q_rope.flatten(0, 1)  # (B T, H, nope | rope)
+            out = attend_absorbed(q_nope, q_rope, latent, w_uk, w_uv, self.scale, mask)
+            return self.o_proj(out.view(*x.shape[:2], -1)), None
         out, s_max = self.naive(q_nope, q_rope, latent, mask, record)
         return self.o_proj(out), s_max
 
@@ -978,22 +966,10 @@ class MLA(nn.Module):
         out, s_max = by(q, k, v.transpose(1, 2), self.scale, mask, record)
         return out.transpose(1, 2).flatten(2), s_max
 
-    def absorbed(self, q_nope, q_rope, latent, mask):
-        """Attend to the latents, one shared key for all heads: (B, T, H * v)."""
-        B, T, H, _ = q_nope.shape
-        w_uk, w_uv = (
-            self.kv_b_proj.weight.to(latent.dtype).view(H, -1, self.R).split([self.nope, self.v], dim=1)
-        )
-        q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk)  # W_UK^T q: (H, B T, R)
-        q = torch.cat((q_latent.transpose(0, 1), q_rope.flatten(0, 1)), dim=-1)  # (B T, H, R + rope)
-        s = torch.bmm(q.view(B, T * H, -1), latent.mT).float() * self.scale  # (B, T H, S)
-        if mask is None and T > 1:
-            mask = torch.ones(T, s.shape[-1], dtype=torch.bool, device=s.device).tril()
-        if mask is not None:  # (T, S) or (B, 1, T, S) -> one row for each head of each query
-            s = s.masked_fill_(~mask.view(-1, T, s.shape[-1]).repeat_interleave(H, dim=1), -math.inf)
-        context = torch.bmm(s.softmax(dim=-1).to(latent.dtype), latent[..., : self.R])  # (B, T H, R)
-        out = torch.bmm(context.view(B * T, H, -1).transpose(0, 1), w_uv.mT)  # (H, B T, v)
-        return out.transpose(0, 1).reshape(B, T, -1)
+    def absorbed_weights(self, dtype):
+        """W_UK (H, nope, R) and W_UV, transposed, (H, R, v): a head's keys and values from latents."""
+        w = self.kv_b_proj.weight.to(dtype).view(self.H, -1, self.R)
+        return w[:, : self.nope], w[:, self.nope :].mT
 
 
 # ==================================================================================================
@@ -1057,6 +1033,20 @@ def sequence_aux_loss(chosen_NK, scores_NE, B):
     return (f * share.view(B, -1, E).mean(dim=1)).sum(dim=-1).mean()
 
 
+grouped_mm_eager = torch.compiler.disable(F.grouped_mm)  # torch.compile knows it in bf16 only
+
+
+def grouped_linear(x, weight, ends):
+    """x (M, in) holds the rows of expert 0, 1, ... up to ends[e]; weight (E, out, in) -> (M, out)."""
+    aligned = all(d * x.element_size() % 16 == 0 for d in weight.shape[1:])
+    kernel = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
+    if aligned and kernel:
+        call = F.grouped_mm if x.dtype == torch.bfloat16 else grouped_mm_eager
+        return call(x, weight.transpose(-2, -1), offs=ends.int())
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0))])
+
+
 class Experts(nn.Module):
     """E SwiGLU experts as three stacked tensors: gate_proj, up_proj (E, F, C), down_proj (E, C, F)."""
 
@@ -1071,8 +1061,8 @@ class Experts(nn.Module):
         """sum_k weights[:, k] * Expert_{chosen[:, k]}(x): sort the N * K visits by expert, multiply
         each expert's rows with its matrices, add the results back up. Returns (N, C), load (E,)."""
         if x_NC.device.type == "cpu" and not torch.is_grad_enabled():
-            if len(x_NC) * self.gate_proj.numel() <= 2**21 or len(x_NC) <= 4:
-                return self.few(x_NC, chosen_NK, weights_NK), None
+            if (y := self.few(x_NC, chosen_NK, weights_NK)) is not None:
+                return y, None
         (N, C), K, E = x_NC.shape, chosen_NK.shape[1], len(self.gate_proj)
         expert, visit = chosen_NK.flatten().sort(stable=True)
         ends = torch.searchsorted(expert, torch.arange(E, device=expert.device), right=True)  # (E,)
@@ -1091,34 +1081,20 @@ class Experts(nn.Module):
         return out, ends.diff(prepend=ends.new_zeros(1))
 
     def few(self, x_NC, chosen_NK, weights_NK):
-        """The same where calls cost more than arithmetic: a handful of tokens without gradients."""
+        """The same where calls cost more than arithmetic; None if there are too many tokens for that."""
         N, E = len(x_NC), len(self.gate_proj)
         if N > 1 and N * self.gate_proj.numel() <= 2**21:  # all experts on all tokens, most weighted 0
             h = F.silu(x_NC @ self.gate_proj.mT) * (x_NC @ self.up_proj.mT)  # (E, N, F)
             weights_NE = torch.zeros(N, E, dtype=h.dtype).scatter_(1, chosen_NK, weights_NK.to(h.dtype))
             return torch.bmm(h * weights_NE.T.unsqueeze(-1), self.down_proj.mT).sum(dim=0)
+        if N > 4:
+            return None
         out = torch.zeros_like(x_NC)
         for x, y, experts, weights in zip(x_NC, out, chosen_NK.tolist(), weights_NK.tolist()):
             for e, weight in zip(experts, weights):
                 h = F.silu(torch.mv(self.gate_proj[e], x)) * torch.mv(self.up_proj[e], x)
                 y.addmv_(self.down_proj[e], h, alpha=weight)
         return out
-
-
-@torch.compiler.disable  # torch.compile knows this operator in bf16 only
-def _grouped_mm_eager(x, weight, offs):
-    return F.grouped_mm(x, weight, offs=offs)
-
-
-def grouped_linear(x, weight, ends):
-    """x (M, in) holds the rows of expert 0, 1, ... up to ends[e]; weight (E, out, in) -> (M, out)."""
-    aligned = all(d * x.element_size() % 16 == 0 for d in weight.shape[1:])
-    kernel = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
-    if hasattr(F, "grouped_mm") and aligned and kernel:
-        call = F.grouped_mm if x.dtype == torch.bfloat16 else _grouped_mm_eager
-        return call(x, weight.transpose(-2, -1), offs=ends.int())
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0))])
 
 
 class MoE(nn.Module):
@@ -1145,10 +1121,17 @@ class MoE(nn.Module):
 # ==================================================================================================
 # 6  Block and model (R 2.3)
 # ==================================================================================================
+# L blocks add to a residual stream x, which starts as the tokens' embeddings:
+#
+#     h = x + MLA(norm(x))      x = h + FFN(norm(h))      logits = W_head norm(x)
+#     loss = mean over targets of -log softmax(logits)[target]
+#
+# The FFN is dense in the first layer and a mixture of experts in all others. To generate is to draw a
+# token from softmax(logits / temperature) and to feed it back, the past being read from the cache.
 
 
 class Block(nn.Module):
-    """h = x + MLA(norm(x));  y = h + FFN(norm(h))."""
+    """One layer, under the names of the published checkpoint."""
 
     def __init__(self, cfg, layer):
         super().__init__()
@@ -1182,15 +1165,14 @@ class HeadLoss(torch.autograd.Function):
         dh, dw = torch.empty_like(h_NC), torch.zeros_like(w_VC, dtype=torch.float32)
         buffer = h_NC.new_empty(min(rows, len(h_NC)), len(w_VC))
         for h, target, dh_part in zip(h_NC.split(rows), targets_N.split(rows), dh.split(rows)):
-            s = torch.mm(h, w_VC.T, out=buffer[: len(h)]).float()
-            counts, index = (target != -100)[:, None], target.clamp(min=0)[:, None]
+            s, target = torch.mm(h, w_VC.T, out=buffer[: len(h)]).float(), target[:, None]
             s -= s.amax(dim=-1, keepdim=True)
-            right = s.gather(1, index)
+            right = s.gather(1, target)
             p = s.exp_()
             z = p.sum(dim=-1, keepdim=True)
-            total += ((z.log() - right) * counts).sum()
-            p *= counts / z
-            p.scatter_add_(1, index, -counts.to(p.dtype))
+            total += (z.log() - right).sum()
+            p *= 1 / z
+            p.scatter_add_(1, target, -torch.ones_like(right))
             p = p.to(h.dtype)
             torch.mm(p, w_VC, out=dh_part)
             dw += p.T @ h
@@ -1201,6 +1183,133 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         dh, dw = ctx.saved_tensors
         return dh * grad, dw * grad, None
+
+
+def sample_token(logits, temperature, top_p, generator=None):
+    """Logits (B, V) -> ids (B,). top_p keeps the fewest tokens whose probabilities reach it."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    p = (logits.float() / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, index = p.sort(dim=-1, descending=True)
+        ordered = ordered * (ordered.cumsum(dim=-1) - ordered < top_p)
+        p = torch.zeros_like(p).scatter_(1, index, ordered)
+    return torch.multinomial(p, 1, generator=generator).squeeze(1)
+
+
+def left_pad(prompts, pad, device):
+    """Prompts of different lengths as (B, T), and how many places at the left are padding (B,)."""
+    prompts = [torch.as_tensor(p, dtype=torch.long, device=device) for p in prompts]
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("there must be a prompt, and at least one token in each; [BOS] starts a new text")
+    longest = max(map(len, prompts))
+    rows = [F.pad(p, (longest - len(p), 0), value=pad) for p in prompts]
+    return torch.stack(rows), torch.tensor([longest - len(p) for p in prompts], device=device)
+
+
+def _cut_after(row, start, stop):
+    """A row up to and with its first stop token at or after `start`."""
+    hits = torch.isin(row[start:], stop).nonzero()
+    return row[: start + hits[0, 0] + 1] if len(hits) else row
+
+
+class Decoder:
+    """`KimiK2.forward` for one new token a row, with all that does not change taken out of the loop.
+
+    Small models wait for Python and for kernel launches, not for arithmetic. So weights that read the
+    same input are joined, dtypes are settled once (autocast would cast every weight again at every
+    token), and no modules are called. Build a new one when weights have changed.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model):
+        cfg, weight = model.cfg, model.lm_head.weight
+        self.dtype = autocast_dtype(weight) or weight.dtype
+        self.embed, self.lm_head = model.model.embed_tokens.weight, self.cast(model.lm_head.weight)
+        self.norm, self.rope = self.norm_of(model.model.norm, self.embed), (model.rope_w, model.rope_factor)
+        self.cos = self.sin = torch.empty(0)
+        self.scale, self.H, self.nope = softmax_scale(cfg), cfg.num_attention_heads, cfg.qk_nope_head_dim
+        self.layers = [self.prepare(layer) for layer in model.model.layers]
+
+    def cast(self, *weights):
+        """One weight, or several on top of each other, in the dtype that products are computed in."""
+        return (torch.cat(weights) if len(weights) > 1 else weights[0]).to(self.dtype)
+
+    def norm_of(self, module, like):
+        """RMSNorm as a function, for inputs with the dtype of `like`."""
+        shape, weight, eps = module.weight.shape, module.weight.to(like.dtype), module.eps
+        if like.device.type != "cpu" or like.dtype != torch.float32:
+            return lambda x: F.rms_norm(x, shape, weight, eps)
+        # x / sqrt(|x|^2 + eps C) * sqrt(C) w: half the time of the CPU's rms_norm
+        floor, gain = torch.tensor(math.sqrt(eps * len(weight))), weight * math.sqrt(len(weight))
+        return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor) * gain
+
+    def prepare(self, layer):
+        """A layer's tensors, under the names of the modules they come from."""
+        m, mlp, p = layer.self_attn, layer.mlp, SimpleNamespace()
+        p.input_norm = self.norm_of(layer.input_layernorm, self.embed)
+        p.post_norm = self.norm_of(layer.post_attention_layernorm, self.embed)
+        p.low_rank = hasattr(m, "q_a_proj")
+        first = m.q_a_proj if p.low_rank else m.q_proj
+        p.w_in = self.cast(first.weight, m.kv_a_proj_with_mqa.weight)
+        p.widths = [first.out_features, m.R, m.rope]
+        if p.low_rank:
+            p.q_norm, p.q_b = self.norm_of(m.q_a_layernorm, p.w_in), self.cast(m.q_b_proj.weight)
+        p.kv_norm, (p.w_uk, p.w_uv) = self.norm_of(m.kv_a_layernorm, p.w_in), m.absorbed_weights(self.dtype)
+        p.o, p.dense, p.router = self.cast(m.o_proj.weight), mlp, None
+        if isinstance(mlp, MoE):
+            p.dense, p.router = getattr(mlp, "shared_experts", None), mlp.gate
+            p.scores = mlp.gate.weight.float()
+            p.experts = copy.copy(mlp.experts)  # the same code over weights of our dtype
+            p.experts._parameters = {name: self.cast(w) for name, w in mlp.experts.named_parameters()}
+        if p.dense is not None:
+            p.gate_up = self.cast(p.dense.gate_proj.weight, p.dense.up_proj.weight)
+            p.down = self.cast(p.dense.down_proj.weight)
+        return p
+
+    @torch.inference_mode()
+    def step(self, token, cache):
+        """Ids (B,) -> logits (B, V); the cache grows by one."""
+        n, seen = cache.length, None
+        if n >= len(self.cos):
+            self.cos, self.sin = rope_table(torch.arange(2 * n + 64, device=token.device), *self.rope)
+        cos, sin = self.cos[n], self.sin[n]  # (1, rope)
+        if cache.padding is not None:
+            cos, sin = self.cos[n - cache.padding], self.sin[n - cache.padding]  # (B, 1, rope)
+            seen = torch.arange(n + 1, device=token.device) >= cache.padding[:, None]  # (B, S)
+        x = F.embedding(token, self.embed)  # (B, C)
+        with torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) else nullcontext():
+            for number, p in enumerate(self.layers):
+                h = p.input_norm(x).to(self.dtype)
+                x = x + self.attention(h, p, cos, sin, seen, cache, number)
+                x = x + self.ffn(p.post_norm(x).to(self.dtype), p)
+            cache.length += 1
+            return F.linear(self.norm(x).to(self.dtype), self.lm_head)
+
+    def attention(self, h, p, cos, sin, seen, cache, number):
+        """MLA.forward for a single query, (B, C) -> (B, C)."""
+        B, H = len(h), self.H
+        q, c_kv, k_rope = F.linear(h, p.w_in).split(p.widths, dim=1)
+        if p.low_rank:
+            q = F.linear(p.q_norm(q), p.q_b)
+        q = q.view(B, H, -1)
+        rope = torch.cat((q[..., self.nope :], k_rope.unsqueeze(1)), dim=1)  # of all queries and the key
+        rope = rotate(rope, cos, sin)  # (B, H + 1, rope)
+        new = torch.cat((p.kv_norm(c_kv), rope[:, H]), dim=1)
+        latent = cache.update(number, new.unsqueeze(1)).to(h.dtype)  # (B, S, R + rope)
+        q_nope, q_rope = q[..., : self.nope], rope[:, :H]
+        return F.linear(attend_absorbed(q_nope, q_rope, latent, p.w_uk, p.w_uv, self.scale, seen), p.o)
+
+    def ffn(self, h, p):
+        """Dense FFN, or experts and shared expert, (B, C) -> (B, C)."""
+        y = 0
+        if p.dense is not None:
+            gate, up = F.linear(h, p.gate_up).chunk(2, dim=1)
+            y = F.linear(F.silu(gate) * up, p.down)
+        if p.router is None:
+            return y
+        chosen_weights = p.router.choose(F.linear(h.float(), p.scores).sigmoid())
+        return y + p.experts(h, *chosen_weights)[0]
 
 
 class KimiK2(nn.Module):
@@ -1223,13 +1332,10 @@ class KimiK2(nn.Module):
             "norm": RMSNorm(cfg.hidden_size, cfg.rms_norm_eps),
         })
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
-        n_moe = cfg.num_hidden_layers - cfg.first_k_dense_replace
-        for name, shape in (
-            ("max_logits", (cfg.num_hidden_layers, cfg.num_attention_heads)),
-            ("expert_load", (n_moe, cfg.n_routed_experts)),
-            ("rope_w", (cfg.qk_rope_head_dim // 2,)),
-        ):
-            self.register_buffer(name, torch.empty(shape), persistent=False)
+        L, n_moe = cfg.num_hidden_layers, cfg.num_hidden_layers - cfg.first_k_dense_replace
+        self.register_buffer("max_logits", torch.empty(L, cfg.num_attention_heads), persistent=False)
+        self.register_buffer("expert_load", torch.empty(n_moe, cfg.n_routed_experts), persistent=False)
+        self.register_buffer("rope_w", torch.empty(cfg.qk_rope_head_dim // 2), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -1275,10 +1381,9 @@ class KimiK2(nn.Module):
         except IndexError:
             bad = tokens[(tokens < 0) | (tokens >= self.cfg.vocab_size)][0].item()
             raise ValueError(f"token id {bad} is outside the vocabulary of {self.cfg.vocab_size}") from None
-        T, past = tokens.shape[1], cache.length if cache is not None else 0
-        padding = cache.padding if cache is not None else None
-        branches = position is not None
-        if position is None:
+        past, padding = (cache.length, cache.padding) if cache is not None else (0, None)
+        T, branches = tokens.shape[1], position is not None
+        if not branches:
             position = torch.arange(past, past + T, device=x.device)
         if padding is not None:
             position = (position - padding[:, None]).clamp_(min=0)  # (B, T)
@@ -1292,25 +1397,24 @@ class KimiK2(nn.Module):
         s_max, routing = [], []
         for layer in self.model.layers:
             arguments = (x, rotary, mask, cache, absorb, record)
-            if self.recompute and cache is None and torch.is_grad_enabled():
+            if cache is not None:  # a compiled block is for training: here every length would compile anew
+                x, s, r = layer.forward(*arguments)
+            elif self.recompute and torch.is_grad_enabled():
                 x, s, r = checkpoint(layer, *arguments, use_reentrant=False)
-            else:  # a compiled block is for training: with a cache every length would compile anew
-                x, s, r = layer(*arguments) if cache is None else layer.forward(*arguments)
+            else:
+                x, s, r = layer(*arguments)
             s_max.append(s)
             routing.append(r)
         if cache is not None:
             cache.length += T
         if record and torch._C._current_graph_task_id() == -1:  # inside backward it is a recomputation
-            self._record(s_max, [r for r in routing if r is not None])
+            if s_max[0] is not None:
+                torch.maximum(self.max_logits, torch.stack(s_max), out=self.max_logits)
+            if routing := [r for r in routing if r is not None]:
+                load, aux = zip(*routing)
+                self.expert_load += torch.stack(load)
+                self.aux_loss = torch.stack(aux).sum()
         return self.model.norm(x)
-
-    def _record(self, s_max, routing):
-        if s_max[0] is not None:
-            torch.maximum(self.max_logits, torch.stack(s_max), out=self.max_logits)
-        if routing:
-            load, aux = zip(*routing)
-            self.expert_load += torch.stack(load)
-            self.aux_loss = torch.stack(aux).sum()
 
     def forward(self, tokens, targets=None, cache=None, absorb=None):
         """Logits (B, T, V), and the mean cross-entropy in nats, or None without targets.
@@ -1321,14 +1425,12 @@ class KimiK2(nn.Module):
         logits = self.lm_head(self.hidden(tokens, cache, absorb))
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
-        )
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         return logits, loss / (targets != -100).sum().clamp(min=1)
 
     def loss(self, tokens, targets, document=None):
         """The same mean cross-entropy as `self(tokens, targets)`, with less memory and time: for training."""
-        asked = (targets != -100).flatten().nonzero()[:, 0]  # no logits where no target is: most of a chat
+        asked = (targets != -100).flatten().nonzero()[:, 0]  # most of a chat has no target, so no logits
         h = self.hidden(tokens, document=document).flatten(0, 1).index_select(0, asked)
         dtype = autocast_dtype(h) or h.dtype
         total = HeadLoss.apply(h.to(dtype), self.lm_head.weight.to(dtype), targets.flatten()[asked])
@@ -1358,9 +1460,7 @@ class KimiK2(nn.Module):
         """
         device, pad = self.lm_head.weight.device, self.cfg.vocab_size - 1
         if not 0 < top_p <= 1 or temperature < 0:
-            raise ValueError(
-                f"top_p must be in (0, 1], temperature not negative, got {top_p}, {temperature}"
-            )
+            raise ValueError(f"top_p must be in (0, 1], temperature not negative, got {top_p}, {temperature}")
         ragged = not isinstance(tokens, torch.Tensor)
         tokens, padding = left_pad(tokens, pad, device) if ragged else (tokens.to(device), None)
         (B, T), dtype = tokens.shape, autocast_dtype(self.lm_head.weight) or self.lm_head.weight.dtype
@@ -1387,137 +1487,6 @@ class KimiK2(nn.Module):
         return [_cut_after(row[skip:], T - skip, stop) for row, skip in zip(out, padding.tolist())]
 
 
-def left_pad(prompts, pad, device):
-    """Prompts of different lengths as (B, T), and how many places at the left are padding (B,)."""
-    prompts = [torch.as_tensor(p, dtype=torch.long, device=device) for p in prompts]
-    if not prompts or min(map(len, prompts)) == 0:
-        raise ValueError("there must be a prompt, and at least one token in each; [BOS] starts a new text")
-    longest = max(map(len, prompts))
-    rows = [F.pad(p, (longest - len(p), 0), value=pad) for p in prompts]
-    return torch.stack(rows), torch.tensor([longest - len(p) for p in prompts], device=device)
-
-
-def _cut_after(row, start, stop):
-    """A row up to and with its first stop token at or after `start`."""
-    hits = torch.isin(row[start:], stop).nonzero()
-    return row[: start + hits[0, 0] + 1] if len(hits) else row
-
-
-class Decoder:
-    """`KimiK2.forward` for one new token a row, with all that does not change taken out of the loop.
-
-    Small models wait for Python and for kernel launches, not for arithmetic. So weights that read the
-    same input are joined, dtypes are settled once (autocast would cast every weight again at every
-    token), and no modules are called. Build a new one when weights have changed.
-    """
-
-    def __init__(self, model):
-        cfg, weight = model.cfg, model.lm_head.weight
-        self.dtype = autocast_dtype(weight) or weight.dtype
-        self.embed, self.lm_head = model.model.embed_tokens.weight, self.cast(model.lm_head.weight)
-        self.norm, self.rope = self.norm_of(model.model.norm, self.embed), (model.rope_w, model.rope_factor)
-        self.cos = self.sin = torch.empty(0)
-        self.scale, self.H, self.R = softmax_scale(cfg), cfg.num_attention_heads, cfg.kv_lora_rank
-        self.nope = cfg.qk_nope_head_dim
-        self.layers = [self.prepare(layer) for layer in model.model.layers]
-
-    def cast(self, *weights):
-        """One weight, or several on top of each other, in the dtype that products are computed in."""
-        return (torch.cat(weights) if len(weights) > 1 else weights[0]).detach().to(self.dtype)
-
-    def norm_of(self, module, like):
-        """RMSNorm as a function, for inputs with the dtype of `like`."""
-        shape, weight, eps = module.weight.shape, module.weight.detach().to(like.dtype), module.eps
-        if like.device.type != "cpu" or like.dtype != torch.float32:
-            return lambda x: F.rms_norm(x, shape, weight, eps)
-        # x / sqrt(|x|^2 + eps C) * sqrt(C) w: half the time of the CPU's rms_norm
-        floor, gain = torch.tensor(math.sqrt(eps * len(weight))), weight * math.sqrt(len(weight))
-        return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor) * gain
-
-    def prepare(self, layer):
-        """A layer's tensors, under the names of the modules they come from."""
-        m, mlp, p = layer.self_attn, layer.mlp, SimpleNamespace()
-        p.input_norm = self.norm_of(layer.input_layernorm, self.embed)
-        p.post_norm = self.norm_of(layer.post_attention_layernorm, self.embed)
-        p.low_rank = hasattr(m, "q_a_proj")
-        first = m.q_a_proj if p.low_rank else m.q_proj
-        p.w_in = self.cast(first.weight, m.kv_a_proj_with_mqa.weight)
-        p.widths = [first.out_features, m.R, m.rope]
-        if p.low_rank:
-            p.q_norm, p.q_b = self.norm_of(m.q_a_layernorm, p.w_in), self.cast(m.q_b_proj.weight)
-        w_uk, w_uv = self.cast(m.kv_b_proj.weight).view(m.H, -1, m.R).split([m.nope, m.v], dim=1)
-        p.kv_norm, p.w_uk, p.w_uv = self.norm_of(m.kv_a_layernorm, p.w_in), w_uk, w_uv.mT
-        p.o, p.dense, p.router = self.cast(m.o_proj.weight), mlp, None
-        if isinstance(mlp, MoE):
-            p.dense, p.router = getattr(mlp, "shared_experts", None), mlp.gate
-            p.scores = mlp.gate.weight.detach().float()
-            p.experts = copy.copy(mlp.experts)  # the same code over weights of our dtype
-            p.experts._parameters = {name: self.cast(w) for name, w in mlp.experts.named_parameters()}
-        if p.dense is not None:
-            p.gate_up = self.cast(p.dense.gate_proj.weight, p.dense.up_proj.weight)
-            p.down = self.cast(p.dense.down_proj.weight)
-        return p
-
-    @torch.inference_mode()
-    def step(self, token, cache):
-        """Ids (B,) -> logits (B, V); the cache grows by one."""
-        n, unseen = cache.length, None
-        if n >= len(self.cos):
-            self.cos, self.sin = rope_table(torch.arange(2 * n + 64, device=token.device), *self.rope)
-        cos, sin = self.cos[n], self.sin[n]  # (1, rope)
-        if cache.padding is not None:
-            cos, sin = self.cos[n - cache.padding], self.sin[n - cache.padding]  # (B, 1, rope)
-            unseen = torch.arange(n + 1, device=token.device) < cache.padding[:, None, None]
-        x = F.embedding(token, self.embed)  # (B, C)
-        with torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) else nullcontext():
-            for number, p in enumerate(self.layers):
-                h = p.input_norm(x).to(self.dtype)
-                x = x + self.attention(h, p, cos, sin, unseen, cache, number)
-                x = x + self.ffn(p.post_norm(x).to(self.dtype), p)
-            cache.length += 1
-            return F.linear(self.norm(x).to(self.dtype), self.lm_head)
-
-    def attention(self, h, p, cos, sin, unseen, cache, number):
-        """MLA.absorbed for a single query, (B, C) -> (B, C)."""
-        B, H, R, nope = len(h), self.H, self.R, self.nope
-        q, c_kv, k_rope = F.linear(h, p.w_in).split(p.widths, dim=1)
-        if p.low_rank:
-            q = F.linear(p.q_norm(q), p.q_b)
-        q = q.view(B, H, -1)
-        turned = rotate(torch.cat((q[..., nope:], k_rope.unsqueeze(1)), dim=1), cos, sin)  # (B, H + 1, rope)
-        new = torch.cat((p.kv_norm(c_kv), turned[:, H]), dim=1)
-        latent = cache.update(number, new.unsqueeze(1)).to(h.dtype)  # (B, S, R + rope)
-        q_latent = torch.bmm(q[..., :nope].transpose(0, 1), p.w_uk).transpose(0, 1)
-        q = torch.cat((q_latent, turned[:, :H]), dim=2)  # (B, H, R + rope)
-        s = torch.bmm(q, latent.mT).float() * self.scale  # (B, H, S)
-        a = (s if unseen is None else s.masked_fill_(unseen, -math.inf)).softmax(dim=-1)
-        context = torch.bmm(a.to(h.dtype), latent[..., :R])  # (B, H, R)
-        return F.linear(torch.bmm(context.transpose(0, 1), p.w_uv).transpose(0, 1).reshape(B, -1), p.o)
-
-    def ffn(self, h, p):
-        """Dense FFN, or experts and shared expert, (B, C) -> (B, C)."""
-        y = 0
-        if p.dense is not None:
-            gate, up = F.linear(h, p.gate_up).chunk(2, dim=1)
-            y = F.linear(F.silu(gate) * up, p.down)
-        if p.router is None:
-            return y
-        chosen_weights = p.router.choose(F.linear(h.float(), p.scores).sigmoid())
-        return y + p.experts(h, *chosen_weights)[0]
-
-
-def sample_token(logits, temperature, top_p, generator=None):
-    """Logits (B, V) -> ids (B,). top_p keeps the fewest tokens whose probabilities reach it."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    p = (logits.float() / temperature).softmax(dim=-1)
-    if top_p < 1:
-        ordered, index = p.sort(dim=-1, descending=True)
-        ordered = ordered * (ordered.cumsum(dim=-1) - ordered < top_p)
-        p = torch.zeros_like(p).scatter_(1, index, ordered)
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)
-
-
 # ==================================================================================================
 # 7  MuonClip (R 2.1, Algorithm 1, App. D, E; ML)
 # ==================================================================================================
@@ -1542,7 +1511,7 @@ def newton_schulz(G, steps=5, dtype=None):
     for speed, not for landing on exactly 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.to(dtype or G.dtype).flatten(0, -3) if G.ndim > 2 else G.to(dtype or G.dtype).unsqueeze(0)
+    X = G.to(dtype or G.dtype).reshape(-1, *G.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]  # the smaller Gram matrix is cheaper
     X = X.mT if tall else X
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # now no singular value exceeds 1
@@ -1578,29 +1547,27 @@ class MuonClip(torch.optim.Optimizer):
         if kind not in ("muonclip", "muon", "adamw"):
             raise ValueError(f"kind must be 'muonclip', 'muon' or 'adamw', got {kind!r}")
         if not (lr >= 0 and weight_decay >= 0 and 0 <= momentum < 1 and tau > 0):
-            raise ValueError(
-                f"impossible settings: lr {lr}, weight_decay {weight_decay}, momentum {momentum}, tau {tau}"
-            )
+            given = f"lr {lr}, weight_decay {weight_decay}, momentum {momentum}, tau {tau}"
+            raise ValueError(f"impossible settings: {given}")
         by_muon, by_adamw = [], []
         for name, p in self.named_parameters(model):
-            if bool(ADAMW_PARAMETERS.fullmatch(name)) == bool(MUON_PARAMETERS.fullmatch(name)):
+            muon, adamw_too = MUON_PARAMETERS.fullmatch(name), ADAMW_PARAMETERS.fullmatch(name)
+            if bool(muon) == bool(adamw_too):
                 raise ValueError(f"no rule says whether Muon or AdamW updates {name} {tuple(p.shape)}")
-            muon = kind != "adamw" and MUON_PARAMETERS.fullmatch(name)
-            (by_muon if muon else by_adamw).append(p)
-        common = dict(lr=lr, weight_decay=weight_decay)
+            (by_muon if muon and kind != "adamw" else by_adamw).append(p)
         groups = [
-            dict(
-                params=by_muon, rule="muon", momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, **common
-            ),
-            dict(params=by_adamw, rule="adamw", betas=betas, eps=eps, **common),
+            dict(params=by_muon, rule="muon", momentum=momentum, nesterov=nesterov, ns_steps=ns_steps),
+            dict(params=by_adamw, rule="adamw", betas=betas, eps=eps),
         ]
-        super().__init__([group for group in groups if group["params"]], {})
+        common = dict(lr=lr, weight_decay=weight_decay)
+        super().__init__([group for group in groups if group["params"]], common)
         self.model, self.tau, self.clip = model, tau, kind == "muonclip"
         self.ns_dtype, self.bias_update_rate = ns_dtype, bias_update_rate
         self.max_logits = torch.full_like(model.max_logits, -math.inf)
         self.expert_load = torch.zeros_like(model.expert_load)
 
     def named_parameters(self, model):
+        """What is updated, by name."""
         return model.named_parameters()
 
     def parameter_of(self, p):
@@ -1671,17 +1638,14 @@ class MuonClip(torch.optim.Optimizer):
     def _adamw(self, params, group):
         for p in params:
             if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), device=p.device)
-                self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = (
-                    torch.zeros_like(p),
-                    torch.zeros_like(p),
-                )
-        state = {key: [self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")}
+                step, m, v = torch.zeros((), device=p.device), torch.zeros_like(p), torch.zeros_like(p)
+                self.state[p].update(step=step, exp_avg=m, exp_avg_sq=v)
+        m, v, steps = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
+        beta1, beta2 = group["betas"]
         adamw(
-            params, [p.grad for p in params], state["exp_avg"], state["exp_avg_sq"], [], state["step"],
-            fused=params[0].device.type in ("cpu", "cuda", "mps"), amsgrad=False, beta1=group["betas"][0],
-            beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-            maximize=False,
+            params, [p.grad for p in params], m, v, [], steps, amsgrad=False, maximize=False,
+            fused=params[0].device.type in ("cpu", "cuda", "mps"), beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"],
         )
 
     def _read_records(self):
@@ -1733,41 +1697,6 @@ def _hf_names(state):
             yield name, name, None
 
 
-def save_pretrained(model, tok, folder, max_shard_bytes=5 * 10**9, state=None):
-    """Write model and tokenizer (or None) to `folder`. It appears complete or not at all: an older
-    one there is replaced only once the new one is on disk. `state` stands in for the model's state dict;
-    DTensors in it are gathered one at a time, in its order."""
-    if tok is not None and tok.n_vocab != model.cfg.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tok.n_vocab} ids, the model's vocab_size is {model.cfg.vocab_size}"
-        )
-    folder = Path(folder).resolve()  # through a symbolic link
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds other files; a model is saved to a folder of its own")
-    if old.exists() and not folder.exists():  # killed between the two renames below
-        os.replace(old, folder)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        _write_weights(state or model.state_dict(), new, max_shard_bytes)
-        dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-        config = {**model.cfg.to_json(), "torch_dtype": dtype}
-        _write_json(new / "config.json", config)
-        chat_stop = model.cfg.vocab_size - 254  # <|im_end|>
-        _write_json(new / "generation_config.json", {"eos_token_id": chat_stop})
-        if tok is not None:
-            _write_tokenizer(tok, new, model.cfg.max_position_embeddings)
-    except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise OSError(f"could not save {folder}: {error}; what was there before is untouched") from None
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _write_json(path, value):
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -1781,15 +1710,19 @@ def _write_tokenizer(tok, folder, context):
     _write_json(folder / "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": False})
 
 
+def whole_of(tensor):
+    """A tensor, or all of the one of which this process has a shard: then every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def _write_weights(state, folder, max_shard_bytes):
     shards, size = [[]], 0
-    for entry in _hf_names(state):
-        _, name, e = entry
+    for hf, name, e in _hf_names(state):
         n_bytes = state[name].nbytes // (1 if e is None else len(state[name]))
         if size + n_bytes > max_shard_bytes and shards[-1]:
             shards.append([])
             size = 0
-        shards[-1].append(entry)
+        shards[-1].append((hf, name, e))
         size += n_bytes
     where, total, whole = {}, 0, functools.lru_cache(1)(lambda name: whole_of(state[name]))
     for number, entries in enumerate(shards, 1):
@@ -1807,54 +1740,36 @@ def _write_weights(state, folder, max_shard_bytes):
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def whole_of(tensor):
-    """A tensor, or all of the one of which this process has a shard: then every rank must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def load_pretrained(folder, device="cpu", dtype=None, shard=None):
-    """(model, tokenizer) from a folder in Hugging Face's layout; the tokenizer is None without a rank
-    file. Weights stream into place, so no second copy is held; `dtype` None keeps the files' own.
-    `shard(model)` may leave this process only some rows of some tensors, and returns {name: first row}.
-    A missing, unknown or damaged tensor raises ValueError; nothing is ever unpickled."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder at {folder}")
-    cfg = KimiConfig.from_json(folder / "config.json")
-    with torch.device("meta"):
-        model = KimiK2(cfg)
-    files = _open_weights(folder)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    targets = {hf: (name, e) for hf, name, e in _hf_names(model.state_dict())}
-    missing, unknown = sorted(targets.keys() - files.keys()), sorted(files.keys() - targets.keys())
-    unknown = [name for name in unknown if not name.endswith((".weight_scale_inv", ".rotary_emb.inv_freq"))]
-    if missing or unknown:
-        raise ValueError(
-            f"{folder} does not hold this model: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}"
-        )
-    dtype = dtype or _read_tensor(files, "model.embed_tokens.weight", folder).dtype
-    model = model.to(dtype)
-    first_rows = shard(model) if shard else {}
-    model.to_empty(device=device)
-    for name, buffer in list(model.named_buffers()):  # router biases and records stay fp32
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = buffer.float()
-    model.init_buffers()
-    state = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in model.state_dict().items()}
-    with torch.no_grad():
-        for hf, (name, e) in targets.items():
-            target, first, shape = state[name], first_rows.get(name, 0), shapes[name]
-            if e is not None:
-                if not first <= e < first + len(target):
-                    continue
-                target, first, shape = target[e - first], 0, shape[1:]
-            tensor = _read_tensor(files, hf, folder)
-            if tensor.shape != shape:
-                raise ValueError(f"{folder}: {hf} is {tuple(tensor.shape)}, not {tuple(shape)}")
-            target.copy_(tensor[first : first + len(target)])
-    has_ranks = (folder / "tiktoken.model").exists()
-    return model.eval(), Tokenizer.load(folder) if has_ranks else None
+def save_pretrained(model, tok, folder, max_shard_bytes=5 * 10**9, state=None):
+    """Write model and tokenizer (or None) to `folder`. It appears complete or not at all: an older
+    one there is replaced only once the new one is on disk. `state` stands in for the model's state dict;
+    DTensors in it are gathered one at a time, in its order."""
+    vocab_size = model.cfg.vocab_size
+    if tok is not None and tok.n_vocab != vocab_size:
+        raise ValueError(f"the tokenizer has {tok.n_vocab} ids, the model's vocab_size is {vocab_size}")
+    folder = Path(folder).resolve()  # through a symbolic link
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds other files; a model is saved to a folder of its own")
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        os.replace(old, folder)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        _write_weights(state or model.state_dict(), new, max_shard_bytes)
+        dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+        _write_json(new / "config.json", {**model.cfg.to_json(), "torch_dtype": dtype})
+        _write_json(new / "generation_config.json", {"eos_token_id": vocab_size - 254})  # <|im_end|>
+        if tok is not None:
+            _write_tokenizer(tok, new, model.cfg.max_position_embeddings)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"could not save {folder}: {error}; what was there before is untouched") from None
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _open_weights(folder):
@@ -1891,3 +1806,43 @@ def _read_tensor(files, name, folder):
         raise ValueError(f"{folder}: the fp8 tensor {name} needs {scale_name} of shape {blocks}, {got}")
     scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
     return (tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]).bfloat16()
+
+
+def load_pretrained(folder, device="cpu", dtype=None, shard=None):
+    """(model, tokenizer) from a folder in Hugging Face's layout; the tokenizer is None without a rank
+    file. Weights stream into place, so no second copy is held; `dtype` None keeps the files' own.
+    `shard(model)` may leave this process only some rows of some tensors, and returns {name: first row}.
+    A missing, unknown or damaged tensor raises ValueError; nothing is ever unpickled."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder at {folder}")
+    cfg = KimiConfig.from_json(folder / "config.json")
+    with torch.device("meta"):
+        model = KimiK2(cfg)
+    files = _open_weights(folder)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    targets = {hf: (name, e) for hf, name, e in _hf_names(model.state_dict())}
+    missing, unknown = sorted(targets.keys() - files.keys()), sorted(files.keys() - targets.keys())
+    unknown = [name for name in unknown if not name.endswith((".weight_scale_inv", ".rotary_emb.inv_freq"))]
+    if missing or unknown:
+        lost, more = f"{len(missing)} tensors missing {missing[:3]}", f"{len(unknown)} unknown {unknown[:3]}"
+        raise ValueError(f"{folder} does not hold this model: {lost}, {more}")
+    dtype = dtype or _read_tensor(files, "model.embed_tokens.weight", folder).dtype
+    for p in model.parameters():  # router biases and records stay fp32
+        p.data = p.data.to(dtype)
+    first_rows = shard(model) if shard else {}
+    model.to_empty(device=device)
+    model.init_buffers()
+    state = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        for hf, (name, e) in targets.items():
+            target, first, shape = state[name], first_rows.get(name, 0), shapes[name]
+            if e is not None:
+                if not first <= e < first + len(target):
+                    continue
+                target, first, shape = target[e - first], 0, shape[1:]
+            tensor = _read_tensor(files, hf, folder)
+            if tensor.shape != shape:
+                raise ValueError(f"{folder}: {hf} is {tuple(tensor.shape)}, not {tuple(shape)}")
+            target.copy_(tensor[first : first + len(target)])
+    return model.eval(), Tokenizer.load(folder) if (folder / "tiktoken.model").exists() else None
