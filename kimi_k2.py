@@ -1033,15 +1033,14 @@ def sequence_aux_loss(chosen_NK, scores_NE, B):
     return (f * share.view(B, -1, E).mean(dim=1)).sum(dim=-1).mean()
 
 
-grouped_mm_eager = torch.compiler.disable(F.grouped_mm)  # torch.compile knows it in bf16 only
-
-
 def grouped_linear(x, weight, ends):
     """x (M, in) holds the rows of expert 0, 1, ... up to ends[e]; weight (E, out, in) -> (M, out)."""
     aligned = all(d * x.element_size() % 16 == 0 for d in weight.shape[1:])
     kernel = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
     if aligned and kernel:
-        call = F.grouped_mm if x.dtype == torch.bfloat16 else grouped_mm_eager
+        call = F.grouped_mm
+        if x.dtype != torch.bfloat16 and torch.compiler.is_compiling():
+            call = torch.compiler.disable(call)  # torch.compile knows it in bf16 only
         return call(x, weight.transpose(-2, -1), offs=ends.int())
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0))])
