@@ -756,12 +756,10 @@ STATEMENTS = {
               "{item} {a}개의 값은 {b}유로입니다. {item} {c}개의 값은 몇 유로입니까?",
               "{a} 个{item}的价格是 {b} 欧元。{c} 个{item}的价格是多少欧元？",
               "{a} {item} kosten {b} Euro. Wie viel Euro kosten {c} {item}?"),
-    "distance": ("A train travels at {a} kilometres per hour. How many kilometres does it travel "
-                 "in {b} hours?",
-                 "기차가 한 시간에 {a}킬로미터를 달립니다. {b}시간 동안 몇 킬로미터를 달립니까?",
+    "distance": ("A train travels at {a} kilometres per hour. How many kilometres does it travel in {b} "
+                 "hours?", "기차가 한 시간에 {a}킬로미터를 달립니다. {b}시간 동안 몇 킬로미터를 달립니까?",
                  "一列火车每小时行驶 {a} 千米，{b} 小时行驶多少千米？",
-                 "Ein Zug fährt {a} Kilometer pro Stunde. Wie viele Kilometer fährt er "
-                 "in {b} Stunden?"),
+                 "Ein Zug fährt {a} Kilometer pro Stunde. Wie viele Kilometer fährt er in {b} Stunden?"),
     "comparison": ("Which is larger, {a} × {b} or {c} × {d}?",
                    "{a} × {b}, {c} × {d} 중에서 어느 것이 더 큽니까?", "{a} × {b} 和 {c} × {d} 哪个更大？",
                    "Was ist größer, {a} × {b} oder {c} × {d}?"),
@@ -770,8 +768,8 @@ STATEMENTS = {
     "area": ("A rectangle is {a} metres long and {b} metres wide. What is its area in square "
              "metres?", "직사각형의 가로는 {a}미터, 세로는 {b}미터입니다. 넓이는 몇 제곱미터입니까?",
              "一个长方形长 {a} 米，宽 {b} 米，面积是多少平方米？",
-             "Ein Rechteck ist {a} Meter lang und {b} Meter breit. Wie groß ist seine Fläche "
-             "in Quadratmetern?"),
+             "Ein Rechteck ist {a} Meter lang und {b} Meter breit. Wie groß ist seine Fläche in "
+             "Quadratmetern?"),
 }
 
 
@@ -1212,11 +1210,11 @@ def jsonl_documents(path, name, skipped):
                 continue
             try:
                 record = json.loads(line)
-                if "messages" in record:
+                if isinstance(record, dict) and "messages" in record:
                     continue  # a dialog, for the sft stage
-                if not isinstance(record.get("text"), str):
-                    raise ValueError('no "text"')
-            except (ValueError, AttributeError) as error:  # UnicodeDecodeError is a ValueError
+                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                    raise ValueError('no object with a "text"')
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
                 skip(skipped, f"{path} line {number}: {error}, skipped")
                 continue
             domain = re.sub(r"\W+", "_", str(record.get("domain", "own"))) or "own"
@@ -1556,8 +1554,9 @@ def read_articles(text):
     starts = [match.start() for match in re.finditer(r"(?m)^[A-Z][^.:|\n]*\n\n", text)]
     if not starts or text[: starts[0]].strip():
         return []
-    entities = [read_article(text, *span) for span in zip(starts, [*starts[1:], len(text)])]
-    return entities if all(entities) else []
+    read = (read_article(text, *span) for span in zip(starts, [*starts[1:], len(text)]))
+    entities = list(itertools.takewhile(bool, read))
+    return entities if len(entities) == len(starts) else []
 
 
 # --- fidelity: does a text say what its source says, all of it and nothing else? ---
@@ -1689,9 +1688,8 @@ def read_freely(piece, entity):
     if re.search(r"\b(?:spouse|wife|husband)\b", text) and facts - {"spouse", "partner"}:
         return set(), f"unclear of whom: {piece}"
     told = " ".join(str(entity["facts"][fact]) for fact in facts) + " " + entity["name"]
-    values = map(str, entity["facts"].values())
-    values = [value for value in values if re.search(rf"\b{re.escape(value)}\b", text)]
-    if unclear := [value for value in values if value not in told]:
+    if unclear := [value for value in map(str, entity["facts"].values())
+                   if value not in told and re.search(rf"\b{re.escape(value)}\b", text)]:
         return set(), f"unclear what {unclear[0]} is: {piece}"
     pronouns = {"he", "she", "it", "they", "his", "her", "its", "their", NOUNS[entity["kind"]]}
     subjects = {word.lower() for word in WORD.findall(entity["name"])} | pronouns
@@ -1993,6 +1991,23 @@ def styles_of(doc):
     return list(MATH_STYLES) if foreign else ["learning note"]
 
 
+def tell(entity, style, rng, facts=None, begin=True, end=True):
+    """Some facts of an entity in a style; all the text, or from its opening, or to its closing."""
+    _, opening, line, between, closing = STYLES[style]
+    rows, subject = grammar(entity["kind"]), subject_of(entity)
+    facts = list(entity["facts"] if facts is None else facts)
+    if style != "encyclopedia":
+        rng.shuffle(facts)
+    said_of = dict.fromkeys("ns", f"this {NOUNS[entity['kind']]}") if style == "quiz" else subject
+    written = []
+    for fact in facts:
+        value, row = entity["facts"][fact], rows[fact]
+        say, ask = rng.choice(row["says"]), rng.choice(row["asks"])
+        written.append(line.format(label=row["label"], it=value, ask=worded(ask, subject),
+                                   say=worded(say, said_of, value)))
+    return opening.format(**subject) * begin + between.join(written) + closing.format(**subject) * end
+
+
 class GrammarRewriter:
     """The built-in writer: reads articles of the invented world and worked problems, and tells them anew.
     It needs no network and invents nothing; of any other text it knows no style."""
@@ -2026,24 +2041,6 @@ class GrammarRewriter:
             return MATH_STYLES[style][1].get(part, "{text}").format(
                 what=what, text=english, idea=IDEAS.get(what))
         return "\n".join(map(told, text.split("\n")))
-
-
-def tell(entity, style, rng, facts=None, begin=True, end=True):
-    """Some facts of an entity in a style; all the text, or from its opening, or to its closing."""
-    _, opening, line, between, closing = STYLES[style]
-    rows, subject = grammar(entity["kind"]), subject_of(entity)
-    facts = list(entity["facts"] if facts is None else facts)
-    if style != "encyclopedia":
-        rng.shuffle(facts)
-    if style == "quiz":
-        anonymous = dict.fromkeys("ns", f"this {NOUNS[entity['kind']]}")
-    written = []
-    for fact in facts:
-        value, row = entity["facts"][fact], rows[fact]
-        say, ask = rng.choice(row["says"]), rng.choice(row["asks"])
-        written.append(line.format(label=row["label"], it=value, ask=worded(ask, subject),
-                                   say=worded(say, anonymous if style == "quiz" else subject, value)))
-    return opening.format(**subject) * begin + between.join(written) + closing.format(**subject) * end
 
 
 SYSTEM = """You rewrite texts. Keep every fact, number, unit, name and date of the passage; add nothing, \
