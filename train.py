@@ -2276,11 +2276,12 @@ def rephrase(documents, run, tok, folder):
     judge = judge_with(endpoint) if endpoint else None
     tasks = list(rephrasing_tasks(documents, rewriter, run))
     journal, accepted, rejected = Journal(folder / "rephrase.journal"), [], []
-    pool = ThreadPoolExecutor(rewriter.parallel)
+    pool = ThreadPoolExecutor(rewriter.parallel) if rewriter.parallel > 1 else None  # alone, it stops at once
     try:
         work = functools.partial(rephrase_one, rewriter, judge, journal, tok, run.chunk_tokens)
-        results = tqdm(pool.map(work, tasks), "rephrase", len(tasks), disable=None, unit="text")
-        for task, (text, reasons) in zip(tasks, results):
+        results = (pool.map if pool else map)(work, tasks)
+        for task, (text, reasons) in zip(
+                tasks, tqdm(results, "rephrase", len(tasks), disable=None, unit="text")):
             doc = {**document(text, task.document["domain"], task.document["source"]), "split": "train",
                    "rephrased_from": task.document["source"], "style": task.style}
             if reasons:
@@ -2288,7 +2289,8 @@ def rephrase(documents, run, tok, folder):
             else:
                 accepted.append(doc)
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool:
+            pool.shutdown(cancel_futures=True)
         journal.file.close()
     write_jsonl(folder / "rejected.jsonl", rejected)
     write_jsonl(folder / "rephrased.jsonl", accepted)
