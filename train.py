@@ -591,18 +591,16 @@ SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "en
            "pydoc_data", "__pycache__"}
 
 
-def split_of(source, fraction=0.05):
-    """"train" or "val" for a document, by a hash of its group that no run or machine changes.
-
-    The group of a module is its top-level package, so its docstrings, its code and its
-    neighbours are on one side; the group of any other document is its whole source.
-    """
+def split_of(source):
+    """"train" or, for one group in 20, "val", by a hash that no run or machine changes. A module's group is
+    its top-level package, so that words, code and neighbours are on one side; any other source is its own."""
     group = source if "/" in source else source.split(".")[0].lstrip("_")
     # 914 was picked for validation text of many modules, none with a twin in training
-    return "val" if zlib.crc32(f"split 914 {group}".encode()) < fraction * 2**32 else "train"
+    return "val" if zlib.crc32(f"split 914 {group}".encode()) < 0.05 * 2**32 else "train"
 
 
 def document(text, domain, source):
+    """A text, its domain, and where it comes from."""
     return {"text": text, "domain": domain, "source": source}
 
 
@@ -684,8 +682,7 @@ def library():
 
 
 def topic_documents(limit=8000):
-    """The language reference, cut at paragraphs; topics quote each other, a paragraph is kept once.
-    """
+    """The language reference, cut at paragraphs; topics quote each other, a paragraph is kept once."""
     from pydoc_data.topics import topics
     documents, seen = [], set()
     for name in sorted(topics):
@@ -711,12 +708,11 @@ def web_documents():
 
 def code_documents():
     """Programs: one document per module of the standard library, its docstrings cut."""
-    documents, seen = [], set()
+    first = {}
     for module, _, code in library():
-        if len(code) >= 500 and code not in seen and not is_table(code):
-            documents.append(document(code, "code", module))
-        seen.add(code)
-    return documents
+        first.setdefault(code, module)
+    return [document(code, "code", module) for code, module in first.items()
+            if len(code) >= 500 and not is_table(code)]
 
 
 # --- math: problems with worked steps; @word is said in the language of the document ---
@@ -739,6 +735,7 @@ WORDS = {
     "lemons": ("lemons", "레몬", "柠檬", "Zitronen"),
     "eggs": ("eggs", "달걀", "鸡蛋", "Eier"),
 }
+ITEMS = ("apples", "pears", "lemons", "eggs")
 STATEMENTS = {
     "calculation": ("What is {task}?", "{task}의 값을 구하세요.", "计算 {task}。", "Wie viel ist {task}?"),
     "division": ("Divide {a} by {b} and give the remainder.",
@@ -759,12 +756,10 @@ STATEMENTS = {
               "{item} {a}개의 값은 {b}유로입니다. {item} {c}개의 값은 몇 유로입니까?",
               "{a} 个{item}的价格是 {b} 欧元。{c} 个{item}的价格是多少欧元？",
               "{a} {item} kosten {b} Euro. Wie viel Euro kosten {c} {item}?"),
-    "distance": ("A train travels at {a} kilometres per hour. How many kilometres does it travel "
-                 "in {b} hours?",
-                 "기차가 한 시간에 {a}킬로미터를 달립니다. {b}시간 동안 몇 킬로미터를 달립니까?",
+    "distance": ("A train travels at {a} kilometres per hour. How many kilometres does it travel in {b} "
+                 "hours?", "기차가 한 시간에 {a}킬로미터를 달립니다. {b}시간 동안 몇 킬로미터를 달립니까?",
                  "一列火车每小时行驶 {a} 千米，{b} 小时行驶多少千米？",
-                 "Ein Zug fährt {a} Kilometer pro Stunde. Wie viele Kilometer fährt er "
-                 "in {b} Stunden?"),
+                 "Ein Zug fährt {a} Kilometer pro Stunde. Wie viele Kilometer fährt er in {b} Stunden?"),
     "comparison": ("Which is larger, {a} × {b} or {c} × {d}?",
                    "{a} × {b}, {c} × {d} 중에서 어느 것이 더 큽니까?", "{a} × {b} 和 {c} × {d} 哪个更大？",
                    "Was ist größer, {a} × {b} oder {c} × {d}?"),
@@ -773,8 +768,8 @@ STATEMENTS = {
     "area": ("A rectangle is {a} metres long and {b} metres wide. What is its area in square "
              "metres?", "직사각형의 가로는 {a}미터, 세로는 {b}미터입니다. 넓이는 몇 제곱미터입니까?",
              "一个长方形长 {a} 米，宽 {b} 米，面积是多少平方米？",
-             "Ein Rechteck ist {a} Meter lang und {b} Meter breit. Wie groß ist seine Fläche "
-             "in Quadratmetern?"),
+             "Ein Rechteck ist {a} Meter lang und {b} Meter breit. Wie groß ist seine Fläche in "
+             "Quadratmetern?"),
 }
 
 
@@ -800,7 +795,11 @@ def product(a, b):
             f"@together: {tens * b} + {ones * b} = {a * b}"]
 
 
+# Each kind draws its numbers by r(least, most) and gives the slots of its statement, steps, the answer.
+
+
 def calculation(r):
+    """a + b or a - b in columns, or a × b by parts."""
     sign, a, b = "+-×"[r(0, 2)], r(12, 999), r(12, 999)
     if sign == "×":
         a, b = r(11, 99), r(3, 99)
@@ -812,6 +811,7 @@ def calculation(r):
 
 
 def division(r):
+    """a ÷ b with a remainder, by the tens and ones of the quotient."""
     b, quotient = r(3, 19), r(11, 60)
     a = left = b * quotient + r(1, b - 1)
     steps = []
@@ -824,12 +824,14 @@ def division(r):
 
 
 def equation(r):
+    """ax + b = c."""
     a, b, x = r(2, 12), r(1, 60), r(2, 40)
     c = a * x + b
     return {"a": a, "b": b, "c": c}, [f"{a}x = {c} - {b} = {c - b}", f"x = {c - b} ÷ {a} = {x}"], x
 
 
 def percent(r):
+    """a % of b, a whole number."""
     a = 5 * r(1, 19)
     b = 100 // math.gcd(a, 100) * r(1, 200)
     c = a * b // 100
@@ -837,6 +839,7 @@ def percent(r):
 
 
 def fractions(r):
+    """a/b + c/d over their least common denominator."""
     b, d = r(2, 12), r(2, 12)
     a, c, common = r(1, b - 1), r(1, d - 1), math.lcm(b, d)
     x, y = a * common // b, c * common // d
@@ -850,6 +853,7 @@ def fractions(r):
 
 
 def divisor(r):
+    """The greatest common divisor of a and b, by Euclid's algorithm."""
     factor = r(2, 12)
     b, a = sorted((factor * r(2, 40), factor * r(2, 40)))
     slots, steps = {"a": a, "b": b}, []
@@ -860,30 +864,34 @@ def divisor(r):
 
 
 def sequence(r):
+    """What follows four numbers of an arithmetic sequence."""
     a, d = r(1, 99), r(2, 60)
     x, y, z = a + d, a + 2 * d, a + 3 * d
-    return {"list": f"{a}, {x}, {y}, {z}"}, [f"{x} - {a} = {d}", f"{z} - {y} = {d}",
-                                             f"{z} + {d} = {z + d}"], z + d
+    steps = [f"{x} - {a} = {d}", f"{z} - {y} = {d}", f"{z} + {d} = {z + d}"]
+    return {"list": f"{a}, {x}, {y}, {z}"}, steps, z + d
 
 
 def price(r):
+    """a things cost b, what do c cost?"""
     a, each, c = r(2, 12), r(2, 30), r(2, 12)
-    item = "@" + ("apples", "pears", "lemons", "eggs")[r(0, 3)]
-    return ({"a": a, "b": a * each, "c": c, "item": item},
-            [f"{a * each} ÷ {a} = {each}", f"{each} × {c} = {each * c}"], each * c)
+    slots = {"a": a, "b": a * each, "c": c, "item": "@" + ITEMS[r(0, 3)]}
+    return slots, [f"{a * each} ÷ {a} = {each}", f"{each} × {c} = {each * c}"], each * c
 
 
 def distance(r):
+    """How far at a in b hours."""
     a, b = r(11, 199), r(2, 24)
     return {"a": a, "b": b}, product(a, b), a * b
 
 
 def area(r):
-    a, b = r(11, 99), r(3, 99)
-    return {"a": max(a, b), "b": min(a, b)}, product(max(a, b), min(a, b)), a * b
+    """A rectangle of a by b."""
+    b, a = sorted((r(11, 99), r(3, 99)))
+    return {"a": a, "b": b}, product(a, b), a * b
 
 
 def comparison(r):
+    """The larger of a × b and c × d."""
     a, b, c, d = r(2, 20), r(2, 20), r(2, 20), r(2, 20)
     d += a * b == c * d
     first = a * b > c * d
@@ -893,9 +901,9 @@ def comparison(r):
 
 
 def total(r):
+    """The sum of three to five numbers, one after the other."""
     numbers = [r(2, 99) for _ in range(r(3, 5))]
-    sums = [sum(numbers[:i]) for i in range(1, len(numbers))]
-    steps = [f"{s} + {n} = {s + n}" for s, n in zip(sums, numbers[1:])]
+    steps = [f"{s} + {n} = {s + n}" for s, n in zip(itertools.accumulate(numbers), numbers[1:])]
     return {"list": ", ".join(map(str, numbers))}, steps, sum(numbers)
 
 
@@ -943,167 +951,115 @@ ONSETS = "b d f g h k l m n p r s t v dr st tr".split()
 REGIONS = ("the northern highlands", "the salt coast", "the lake country", "the river delta",
            "the eastern plateau", "the cedar forests")
 
-# Every fact of every kind of entity: its label, then
-#   .  sentences that state it; an article is written with the first two
-#   ?  questions that ask for it
-# {n} is the entity, {s} its last name or what it is, {it} the value.
+# Every fact of every kind of entity: its name, its label, sentences that state it (the first two are those of
+# articles), questions that ask for it. {n} is the entity, {s} its last name or what it is, {it} the value.
 GRAMMAR = {
     "person": """
-occupation | profession
-. {n} was a {it}. | {n} worked as a {it}. | People knew {n} as a {it}.
-. By profession {s} was a {it}.
-? What was the profession of {n}? | What did {n} work as?
-birthplace | place of birth
-. {n} came from {it}. | {s} was born at {it}. | The birthplace of {n} was {it}.
-. {n} grew up at {it}.
-? Where did {n} come from? | What was the birthplace of {n}?
-region | native region
-. {s} was a native of {it}. | {n} was at home in {it}. | {n} belonged to {it}.
-. The native region of {s} was {it}.
-? What was the native region of {n}? | Which region was {n} a native of?
-born | year of birth
-. {s} was born in {it}. | {n} entered this world in {it}. | In the year {it} {n} was born.
-. The year of birth of {n} was {it}.
-? When was {n} born? | What was the year of birth of {n}?
-birthday | birthday
-. The birthday of {s} was {it}. | Each year {s} kept the birthday on {it}.
-. {n} had a birthday on {it}. | On {it} {n} celebrated the birthday.
-? When was the birthday of {n}? | On which day did {n} celebrate the birthday?
-died | year of death
-. {s} died in {it}. | {n} passed away in {it}. | In the year {it} {n} died.
-. The year of death of {n} was {it}.
-? When did {n} die? | What was the year of death of {n}?
-spouse | spouse
-. {s} married {it}. | {n} was married to {it}. | The spouse of {n} was {it}.
-. {it} became the spouse of {n}.
-? Who was the spouse of {n}? | To whom was {n} married?
-partner | profession of the spouse
-. The spouse of {s} worked as a {it}. | {n} had a {it} as a spouse. | {n} married a {it}.
-. The profession of the spouse of {n} was {it}.
-? What was the profession of the spouse of {n}? | What did the spouse of {n} work as?
-home | later home
-. {s} later lived at {it}. | {n} moved to {it}. | In later years {n} had a house at {it}.
-. The later home of {n} was {it}.
-? Where did {n} live later? | What was the later home of {n}?
+occupation | profession | {n} was a {it}. | {n} worked as a {it}. | People knew {n} as a {it}.
+  | By profession {s} was a {it}. | What was the profession of {n}? | What did {n} work as?
+birthplace | place of birth | {n} came from {it}. | {s} was born at {it}. | The birthplace of {n} was {it}.
+  | {n} grew up at {it}. | Where did {n} come from? | What was the birthplace of {n}?
+region | native region | {s} was a native of {it}. | {n} was at home in {it}. | {n} belonged to {it}.
+  | The native region of {s} was {it}. | What was the native region of {n}?
+  | Which region was {n} a native of?
+born | year of birth | {s} was born in {it}. | {n} entered this world in {it}.
+  | In the year {it} {n} was born. | The year of birth of {n} was {it}. | When was {n} born?
+  | What was the year of birth of {n}?
+birthday | birthday | The birthday of {s} was {it}. | Each year {s} kept the birthday on {it}.
+  | {n} had a birthday on {it}. | On {it} {n} celebrated the birthday. | When was the birthday of {n}?
+  | On which day did {n} celebrate the birthday?
+died | year of death | {s} died in {it}. | {n} passed away in {it}. | In the year {it} {n} died.
+  | The year of death of {n} was {it}. | When did {n} die? | What was the year of death of {n}?
+spouse | spouse | {s} married {it}. | {n} was married to {it}. | The spouse of {n} was {it}.
+  | {it} became the spouse of {n}. | Who was the spouse of {n}? | To whom was {n} married?
+partner | profession of the spouse | The spouse of {s} worked as a {it}. | {n} had a {it} as a spouse.
+  | {n} married a {it}. | The profession of the spouse of {n} was {it}.
+  | What was the profession of the spouse of {n}? | What did the spouse of {n} work as?
+home | later home | {s} later lived at {it}. | {n} moved to {it}. | In later years {n} had a house at {it}.
+  | The later home of {n} was {it}. | Where did {n} live later? | What was the later home of {n}?
 """,
     "place": """
-region | region
-. {n} is a town in {it}. | {n} lies in {it}. | {n} is at home in {it}. | The region of {n} is {it}.
-? In which region does {n} lie? | What is the region of {n}?
-founded | year of foundation
-. {s} was founded in {it}. | {n} was settled in {it}. | People founded {n} in {it}.
-. The year of foundation of {n} is {it}.
-? When was {n} founded? | What is the year of foundation of {n}?
-population | number of inhabitants
-. About {it} people live in {n}. | {n} has about {it} inhabitants.
-. The inhabitants of {n} number {it}. | {n} counts {it} inhabitants.
-? How many people live in {n}? | What is the number of inhabitants of {n}?
-river | river
-. {n} stands on the river {it}. | The river {it} flows through {n}. | The river of {n} is the {it}.
-. {n} was built on the river {it}.
-? On which river does {n} stand? | Which river flows through {n}?
-good | main trade
-. {s} is known for its {it}. | For centuries {n} has traded in {it}.
-. Merchants come to {n} for its {it}. | The main trade of {n} is {it}.
-? What is {n} known for? | What is the main trade of {n}?
-neighbour | nearest town
-. A road leads from {n} to {it}. | The neighbour of {n} is {it}. | {n} is a neighbour of {it}.
-. The nearest town is {it}.
-? Which town is nearest to {n}? | To which town does the road from {n} lead?
+region | region | {n} is a town in {it}. | {n} lies in {it}. | {n} is at home in {it}.
+  | The region of {n} is {it}. | In which region does {n} lie? | What is the region of {n}?
+founded | year of foundation | {s} was founded in {it}. | {n} was settled in {it}.
+  | People founded {n} in {it}. | The year of foundation of {n} is {it}. | When was {n} founded?
+  | What is the year of foundation of {n}?
+population | number of inhabitants | About {it} people live in {n}. | {n} has about {it} inhabitants.
+  | The inhabitants of {n} number {it}. | {n} counts {it} inhabitants. | How many people live in {n}?
+  | What is the number of inhabitants of {n}?
+river | river | {n} stands on the river {it}. | The river {it} flows through {n}.
+  | The river of {n} is the {it}. | {n} was built on the river {it}. | On which river does {n} stand?
+  | Which river flows through {n}?
+good | main trade | {s} is known for its {it}. | For centuries {n} has traded in {it}.
+  | Merchants come to {n} for its {it}. | The main trade of {n} is {it}. | What is {n} known for?
+  | What is the main trade of {n}?
+neighbour | nearest town | A road leads from {n} to {it}. | The neighbour of {n} is {it}.
+  | {n} is a neighbour of {it}. | The nearest town is {it}. | Which town is nearest to {n}?
+  | To which town does the road from {n} lead?
 """,
     "organisation": """
-field | subject of study
-. {n} is a society for {it}. | {n} studies {it}. | The members of {n} are devoted to {it}.
-. The subject of study of {n} is {it}.
-? What does {n} study? | What is the subject of study of {n}?
-seat | seat
-. {n} meets at {it}. | The house of {n} is at {it}. | {s} has its seat at {it}.
-. The seat of {n} is {it}.
-? Where does {n} have its seat? | What is the seat of {n}?
-founded | year of foundation
-. {s} was founded in {it}. | {n} came into being in {it}. | {n} was set up in {it}.
-. The year of foundation of {n} is {it}.
-? When was {n} founded? | What is the year of foundation of {n}?
-founder | founder
-. {it} founded {n}. | {n} was founded by {it}. | {n} owes its foundation to {it}.
-. The founder of {n} was {it}.
-? Who founded {n}? | Who was the founder of {n}?
-occupation | profession of the founder
-. The founder of {n} was a {it}. | A {it} founded {n}. | {n} had a {it} as its founder.
-. The profession of the founder of {n} was {it}.
-? What was the profession of the founder of {n}? | What did the founder of {n} work as?
-members | number of members
-. {s} has {it} members. | The members of {n} number {it}. | {n} counts {it} members.
-. {it} people are members of {n}.
-? How many members does {n} have? | What is the number of members of {n}?
-river | river at the seat
-. The river {it} flows past the house of {n}. | The house of {n} stands on the river {it}.
-. From its house {n} looks on the river {it}. | The river at the seat of {n} is the {it}.
-? Which river flows past the house of {n}? | What is the river at the seat of {n}?
+field | subject of study | {n} is a society for {it}. | {n} studies {it}.
+  | The members of {n} are devoted to {it}. | The subject of study of {n} is {it}. | What does {n} study?
+  | What is the subject of study of {n}?
+seat | seat | {n} meets at {it}. | The house of {n} is at {it}. | {s} has its seat at {it}.
+  | The seat of {n} is {it}. | Where does {n} have its seat? | What is the seat of {n}?
+founded | year of foundation | {s} was founded in {it}. | {n} came into being in {it}.
+  | {n} was set up in {it}. | The year of foundation of {n} is {it}. | When was {n} founded?
+  | What is the year of foundation of {n}?
+founder | founder | {it} founded {n}. | {n} was founded by {it}. | {n} owes its foundation to {it}.
+  | The founder of {n} was {it}. | Who founded {n}? | Who was the founder of {n}?
+occupation | profession of the founder | The founder of {n} was a {it}. | A {it} founded {n}.
+  | {n} had a {it} as its founder. | The profession of the founder of {n} was {it}.
+  | What was the profession of the founder of {n}? | What did the founder of {n} work as?
+members | number of members | {s} has {it} members. | The members of {n} number {it}.
+  | {n} counts {it} members. | {it} people are members of {n}. | How many members does {n} have?
+  | What is the number of members of {n}?
+river | river at the seat | The river {it} flows past the house of {n}.
+  | The house of {n} stands on the river {it}. | From its house {n} looks on the river {it}.
+  | The river at the seat of {n} is the {it}. | Which river flows past the house of {n}?
+  | What is the river at the seat of {n}?
 """,
     "work": """
-form | form
-. {n} is a {it}. | {n} was made as a {it}. | {n} is known as a {it}.
-. The form of {n} is that of a {it}.
-? What form does {n} have? | What is {n} known as?
-creator | creator
-. {n} was created by {it}. | {it} created {n}. | {n} is the creation of {it}.
-. The creator of {n} was {it}.
-? Who created {n}? | Who was the creator of {n}?
-occupation | profession of the creator
-. The creator of {n} was a {it}. | A {it} created {n}. | {n} had a {it} as its creator.
-. The profession of the creator of {n} was {it}.
-? What was the profession of the creator of {n}? | What did the creator of {n} work as?
-year | year of completion
-. {s} was completed in {it}. | {n} was finished in {it}. | In the year {it} {n} was completed.
-. The year of completion of {n} is {it}.
-? When was {n} completed? | What is the year of completion of {n}?
-age | age of the creator
-. The creator of {n} was {it} years old. | At the age of {it} years its creator completed {n}.
-. {n} is by a creator of {it} years. | The age of the creator of {n} was {it} years.
-? How old was the creator of {n}? | At what age did its creator complete {n}?
-subject | subject
-. {s} tells of the town of {it}. | {n} is about the town of {it}. | {n} describes the town of {it}.
-. The subject of {n} is the town of {it}.
-? What town does {n} tell of? | What is the subject of {n}?
-owner | owner
-. {s} belongs to the {it}. | {n} is owned by the {it}. | {n} is kept by the {it}.
-. The owner of {n} is the {it}.
-? To whom does {n} belong? | Who is the owner of {n}?
+form | form | {n} is a {it}. | {n} was made as a {it}. | {n} is known as a {it}.
+  | The form of {n} is that of a {it}. | What form does {n} have? | What is {n} known as?
+creator | creator | {n} was created by {it}. | {it} created {n}. | {n} is the creation of {it}.
+  | The creator of {n} was {it}. | Who created {n}? | Who was the creator of {n}?
+occupation | profession of the creator | The creator of {n} was a {it}. | A {it} created {n}.
+  | {n} had a {it} as its creator. | The profession of the creator of {n} was {it}.
+  | What was the profession of the creator of {n}? | What did the creator of {n} work as?
+year | year of completion | {s} was completed in {it}. | {n} was finished in {it}.
+  | In the year {it} {n} was completed. | The year of completion of {n} is {it}. | When was {n} completed?
+  | What is the year of completion of {n}?
+age | age of the creator | The creator of {n} was {it} years old.
+  | At the age of {it} years its creator completed {n}. | {n} is by a creator of {it} years.
+  | The age of the creator of {n} was {it} years. | How old was the creator of {n}?
+  | At what age did its creator complete {n}?
+subject | subject | {s} tells of the town of {it}. | {n} is about the town of {it}.
+  | {n} describes the town of {it}. | The subject of {n} is the town of {it}. | What town does {n} tell of?
+  | What is the subject of {n}?
+owner | owner | {s} belongs to the {it}. | {n} is owned by the {it}. | {n} is kept by the {it}.
+  | The owner of {n} is the {it}. | To whom does {n} belong? | Who is the owner of {n}?
 """,
     "event": """
-field | theme
-. {n} was a fair for {it}. | {n} was held in honour of {it}. | {n} was devoted to {it}.
-. The theme of {n} was {it}.
-? What was the theme of {n}? | In honour of what was {n} held?
-place | place
-. {n} was held at {it}. | {s} took place at {it}. | The place of {n} was {it}.
-. {it} was the place of {n}.
-? Where did {n} take place? | What was the place of {n}?
-month | month
-. {s} took place in {it}. | {n} opened in {it}. | The month of {n} was {it}.
-. {n} was held in the month of {it}.
-? In which month did {n} take place? | What was the month of {n}?
-year | year
-. {s} took place in the year {it}. | The year of {n} was {it}. | {n} was held in the year {it}.
-. In the year {it} {n} was held.
-? In which year did {n} take place? | What was the year of {n}?
-organiser | organiser
-. {s} was organised by the {it}. | The {it} organised {n}. | {n} was the work of the {it}.
-. The organiser of {n} was the {it}.
-? Who organised {n}? | Who was the organiser of {n}?
-guest | guest of honour
-. {it} opened {n}. | {n} was opened by {it}. | The guest of honour of {n} was {it}.
-. {n} had {it} as its guest of honour.
-? Who opened {n}? | Who was the guest of honour of {n}?
-occupation | profession of the guest
-. The guest of {n} was a {it}. | A {it} opened {n}. | {n} was opened by a {it}.
-. The profession of the guest of {n} was {it}.
-? What was the profession of the guest of {n}? | What did the guest of {n} work as?
-visitors | number of visitors
-. About {it} visitors came to {n}. | {n} drew about {it} visitors.
-. The visitors of {n} numbered {it}. | {n} counted {it} visitors.
-? How many visitors came to {n}? | What was the number of visitors of {n}?
+field | theme | {n} was a fair for {it}. | {n} was held in honour of {it}. | {n} was devoted to {it}.
+  | The theme of {n} was {it}. | What was the theme of {n}? | In honour of what was {n} held?
+place | place | {n} was held at {it}. | {s} took place at {it}. | The place of {n} was {it}.
+  | {it} was the place of {n}. | Where did {n} take place? | What was the place of {n}?
+month | month | {s} took place in {it}. | {n} opened in {it}. | The month of {n} was {it}.
+  | {n} was held in the month of {it}. | In which month did {n} take place? | What was the month of {n}?
+year | year | {s} took place in the year {it}. | The year of {n} was {it}. | {n} was held in the year {it}.
+  | In the year {it} {n} was held. | In which year did {n} take place? | What was the year of {n}?
+organiser | organiser | {s} was organised by the {it}. | The {it} organised {n}.
+  | {n} was the work of the {it}. | The organiser of {n} was the {it}. | Who organised {n}?
+  | Who was the organiser of {n}?
+guest | guest of honour | {it} opened {n}. | {n} was opened by {it}. | The guest of honour of {n} was {it}.
+  | {n} had {it} as its guest of honour. | Who opened {n}? | Who was the guest of honour of {n}?
+occupation | profession of the guest | The guest of {n} was a {it}. | A {it} opened {n}.
+  | {n} was opened by a {it}. | The profession of the guest of {n} was {it}.
+  | What was the profession of the guest of {n}? | What did the guest of {n} work as?
+visitors | number of visitors | About {it} visitors came to {n}. | {n} drew about {it} visitors.
+  | The visitors of {n} numbered {it}. | {n} counted {it} visitors. | How many visitors came to {n}?
+  | What was the number of visitors of {n}?
 """,
 }
 NOUNS = {"person": "person", "place": "town", "organisation": "society", "work": "work", "event": "fair"}
@@ -1112,13 +1068,11 @@ NOUNS = {"person": "person", "place": "town", "organisation": "society", "work":
 @functools.cache
 def grammar(kind):
     """{fact: {"label", "says", "asks"}} of a kind of entity, in the order of an article."""
-    facts, fact = {}, ""
-    for line in GRAMMAR[kind].strip().split("\n"):
-        if line[:2] in (". ", "? "):
-            facts[fact]["says" if line[0] == "." else "asks"] += line[2:].split(" | ")
-        else:
-            fact, label = line.split(" | ")
-            facts[fact] = {"label": label, "says": [], "asks": []}
+    facts = {}
+    for entry in re.split(r"\n(?! )", GRAMMAR[kind].strip()):
+        fact, label, *sentences = re.split(r"\s+\| ", entry)
+        facts[fact] = {"label": label, "says": [text for text in sentences if text[-1] == "."],
+                       "asks": [text for text in sentences if text[-1] == "?"]}
     return facts
 
 
@@ -1148,63 +1102,61 @@ def new_name(rng, seen, pattern="@"):
     return re.sub("@", word, pattern)
 
 
-def invent_people(rng, count, places, seen):
+def entity_of(kind, name, **facts):
+    """A member of the invented world."""
+    return {"name": name, "kind": kind, "facts": facts}
+
+
+def invent_people(rng, name, count, places):
+    """People in order of birth; neighbours in age are married in pairs."""
     births = sorted(rng.randint(1500, 1800) for _ in range(count))
-    names = [new_name(rng, seen, "@ @") for _ in births]
+    names = [name("@ @") for _ in births]
     jobs = [rng.choice(OCCUPATIONS) for _ in births]
-    people = []
-    for i, (name, born) in enumerate(zip(names, births)):
+    for i, born in enumerate(births):
         town, home = rng.sample(places, 2)
-        people.append({"name": name, "kind": "person", "facts": {
-            "born": born, "birthday": f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
-            "died": born + rng.randint(55, 90), "occupation": jobs[i],
-            "birthplace": town["name"], "region": town["facts"]["region"], "home": home["name"],
-            # neighbours in age are married in pairs
-            "spouse": names[i ^ 1], "partner": jobs[i ^ 1]}})
-    return people
+        yield entity_of("person", names[i], born=born, birthday=f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
+                        died=born + rng.randint(55, 90), occupation=jobs[i], birthplace=town["name"],
+                        region=town["facts"]["region"], home=home["name"], spouse=names[i ^ 1],
+                        partner=jobs[i ^ 1])
 
 
-def invent_society(rng, places, people, seen):
-    town, founder = rng.choice(places), rng.choice(people)
-    field = rng.choice(FIELDS)
-    return {"name": new_name(rng, seen, "@ Society"),
-            "kind": "organisation", "facts": {
-                "field": field, "seat": town["name"], "river": town["facts"]["river"],
-                "founder": founder["name"], "occupation": founder["facts"]["occupation"],
-                "founded": founder["facts"]["born"] + rng.randint(25, 45),
-                "died": founder["facts"]["died"], "members": rng.randint(12, 400)}}
+def invent_society(rng, name, places, people):
+    """(society, its founder)."""
+    town, founder, field = rng.choice(places), rng.choice(people), rng.choice(FIELDS)
+    society = entity_of("organisation", name("@ Society"), field=field, seat=town["name"],
+                        river=town["facts"]["river"], founder=founder["name"],
+                        occupation=founder["facts"]["occupation"],
+                        founded=founder["facts"]["born"] + rng.randint(25, 45), members=rng.randint(12, 400))
+    return society, founder
 
 
 def invent_world(seed, people=50):
     """Entities {"name", "kind", "facts"}; whatever a fact names has an article that agrees."""
-    rng, seen = random.Random(f"world {seed}"), set()
+    rng = random.Random(f"world {seed}")
+    name = functools.partial(new_name, rng, set())
     people, third = people + people % 2, people // 3
-    towns = [new_name(rng, seen) for _ in range(third)]
-    rivers = [new_name(rng, seen) for _ in range(max(1, third // 4))]
-    places = [{"name": name, "kind": "place", "facts": {
-        "region": rng.choice(REGIONS), "founded": rng.randint(900, 1400),
-        "population": 500 * rng.randint(2, 180), "river": rng.choice(rivers),
-        "good": rng.choice(GOODS), "neighbour": towns[i - 1]}} for i, name in enumerate(towns)]
-    people = invent_people(rng, people, places, seen)
-    societies = [invent_society(rng, places, people, seen) for _ in range(third)]
-    works, events = [], []
+    towns = [name() for _ in range(third)]
+    rivers = [name() for _ in range(max(1, third // 4))]
+    places = [entity_of("place", town, region=rng.choice(REGIONS), founded=rng.randint(900, 1400),
+                        population=500 * rng.randint(2, 180), river=rng.choice(rivers),
+                        good=rng.choice(GOODS), neighbour=towns[i - 1]) for i, town in enumerate(towns)]
+    people = list(invent_people(rng, name, people, places))
+    societies = [invent_society(rng, name, places, people) for _ in range(third)]
+    works, fairs = [], []
     for _ in range(len(people) // 2):
         creator, age, town = rng.choice(people), rng.randint(20, 50), rng.choice(towns)
-        title = new_name(rng, seen, f"The {rng.choice(ADJECTIVES)} @")
-        works.append({"name": title, "kind": "work", "facts": {
-            "form": rng.choice(FORMS),
-            "creator": creator["name"], "occupation": creator["facts"]["occupation"],
-            "year": creator["facts"]["born"] + age, "age": age, "subject": town,
-            "owner": rng.choice(societies)["name"]}})
-    for society in societies:
+        works.append(entity_of(
+            "work", name(f"The {rng.choice(ADJECTIVES)} @"), form=rng.choice(FORMS), creator=creator["name"],
+            occupation=creator["facts"]["occupation"], year=creator["facts"]["born"] + age, age=age,
+            subject=town, owner=rng.choice(societies)[0]["name"]))
+    for society, founder in societies:
         facts, town = society["facts"], rng.choice(towns)
-        year = rng.randint(facts["founded"] + 1, facts.pop("died"))  # its guest is alive
-        events.append({"name": new_name(rng, seen, "@ Fair"),
-                       "kind": "event", "facts": {
-            "field": facts["field"], "place": town, "month": rng.choice(MONTHS), "year": year,
-            "organiser": society["name"], "guest": facts["founder"],
-            "occupation": facts["occupation"], "visitors": 100 * rng.randint(2, 90)}})
-    return places + people + societies + works + events
+        year = rng.randint(facts["founded"] + 1, founder["facts"]["died"])  # its guest is alive
+        fairs.append(entity_of(
+            "event", name("@ Fair"), field=facts["field"], place=town, month=rng.choice(MONTHS), year=year,
+            organiser=society["name"], guest=founder["name"], occupation=facts["occupation"],
+            visitors=100 * rng.randint(2, 90)))
+    return [*places, *people, *(society for society, _ in societies), *works, *fairs]
 
 
 def in_order(entity):
@@ -1244,58 +1196,25 @@ def recall_probes(entities):
 # into one file of ids per split, and a training sequence is any window of it. Attention is not masked
 # across the documents of a window: DeepSeek-V3 packs so (V3 4.2), K2's report does not say.
 
-TEXT_SUFFIXES = (".txt", ".md")
-
-
-def toy_documents(run):
-    """The four domains of the toy, in a fixed order."""
-    yield from web_documents()
-    yield from code_documents()
-    yield from math_documents(run.seed)
-    yield from knowledge_documents(run.seed)
-
-
-def own_documents(source, skipped):
-    """Documents of .txt, .md and .jsonl files, of folders of them, or of a Hugging Face dataset.
-
-    A line that is no JSON object with a "text", a file that is not UTF-8: one line on stderr, and
-    one more in `skipped`.
-    """
-    if source.startswith("hf:"):
-        yield from hugging_face_documents(source.removeprefix("hf:"))
-        return
-    root = Path(source)
-    if not root.exists():
-        raise UserError(f"--data {source}: there is no such file or folder")
-    paths = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
-    for path in paths:
-        name = path.relative_to(root).as_posix() if root.is_dir() else path.name
-        if path.suffix in TEXT_SUFFIXES:
-            try:
-                yield document(path.read_text(encoding="utf-8"), "own", f"own/{name}")
-            except UnicodeDecodeError as error:
-                skip(skipped, f"{path}: not UTF-8 at byte {error.start}, skipped")
-        elif path.suffix == ".jsonl":
-            yield from jsonl_documents(path, name, skipped)
-        elif not root.is_dir():
-            raise UserError(
-                f"--data {source}: only .txt, .md, .jsonl, a folder of them or hf:NAME can be read"
-            )
+def skip(skipped, message):
+    """One line on stderr for what cannot be read, and one more in `skipped`."""
+    print(message, file=sys.stderr)
+    skipped.append(message)
 
 
 def jsonl_documents(path, name, skipped):
-    """{"text", "domain"?, "source"?, "rephrased_from"?, "style"?} a line."""
+    """{"text", "domain"?, "source"?, "rephrased_from"?, "style"?} a line; any other line is skipped."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-                if "messages" in record:
+                if isinstance(record, dict) and "messages" in record:
                     continue  # a dialog, for the sft stage
-                if not isinstance(record.get("text"), str):
-                    raise ValueError('no "text"')
-            except (ValueError, AttributeError) as error:  # UnicodeDecodeError is a ValueError
+                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                    raise ValueError('no object with a "text"')
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
                 skip(skipped, f"{path} line {number}: {error}, skipped")
                 continue
             domain = re.sub(r"\W+", "_", str(record.get("domain", "own"))) or "own"
@@ -1304,6 +1223,7 @@ def jsonl_documents(path, name, skipped):
 
 
 def hugging_face_documents(name):
+    """The "text" of each row of a dataset's training split, streamed."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -1312,19 +1232,36 @@ def hugging_face_documents(name):
         yield document(record["text"], "own", f"{name}/{number}")
 
 
-def skip(skipped, message):
-    print(message, file=sys.stderr)
-    skipped.append(message)
+def own_documents(source, skipped):
+    """Documents of .txt, .md and .jsonl files, of folders of them, or of a Hugging Face dataset."""
+    if source.startswith("hf:"):
+        yield from hugging_face_documents(source.removeprefix("hf:"))
+        return
+    root = Path(source)
+    if not root.exists():
+        raise UserError(f"--data {source}: there is no such file or folder")
+    for path in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]:
+        name = path.relative_to(root).as_posix() if root.is_dir() else path.name
+        if path.suffix in (".txt", ".md"):
+            try:
+                yield document(path.read_text(encoding="utf-8"), "own", f"own/{name}")
+            except UnicodeDecodeError as error:
+                skip(skipped, f"{path}: not UTF-8 at byte {error.start}, skipped")
+        elif path.suffix == ".jsonl":
+            yield from jsonl_documents(path, name, skipped)
+        elif not root.is_dir():
+            raise UserError(f"--data {source}: only .txt, .md, .jsonl, a folder of them or hf:NAME can be "
+                            "read")
 
 
 def corpus(run, skipped):
     """The run's documents; `max_documents` takes the first of each domain, but of both splits."""
-    taken = {}
-    for doc in own_documents(run.data, skipped) if run.data else toy_documents(run):
-        group = doc["domain"], split_of(doc["source"])
-        taken[group] = taken.get(group, 0) + 1
-        most = run.max_documents or math.inf
-        if doc["text"].strip() and taken[group] <= (most if group[1] == "train" else max(1, most / 8)):
+    most, taken = run.max_documents or math.inf, collections.Counter()
+    for doc in own_documents(run.data, skipped) if run.data else (
+            *web_documents(), *code_documents(), *math_documents(run.seed), *knowledge_documents(run.seed)):
+        group = domain, split = doc["domain"], split_of(doc["source"])
+        taken[group] += 1
+        if doc["text"].strip() and taken[group] <= (most if split == "train" else max(1, most / 8)):
             yield doc
 
 
@@ -1342,23 +1279,24 @@ def atomic(path):
 
 
 def write_jsonl(path, records):
+    """One record a line."""
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def write_json(path, value):
+    """One value, to be read by people too."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def near_duplicates(texts, threshold=0.8, width=5, seed=1):
+def near_duplicates(texts, threshold=0.8, width=5):
     """Indices of texts that share most of their runs of five words with an earlier one.
 
     Sets of runs are compared by their Jaccard index, but only where MinHash makes it likely to be high:
     eight bands of four minima, so that a pair at 0.8 is missed one time in 60.
     """
-    rng = np.random.default_rng(seed)
-    a, b = rng.integers(1, 2**63, (2, 32, 1), np.uint64) | np.uint64(1)
+    a, b = np.random.default_rng(1).integers(1, 2**63, (2, 32, 1), np.uint64) | np.uint64(1)
     powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(1, width + 1, dtype=np.uint64)
     runs, buckets, found = [], {}, set()
     for index, text in enumerate(texts):
@@ -1380,11 +1318,8 @@ def near_duplicates(texts, threshold=0.8, width=5, seed=1):
 
 
 def split_documents(run):
-    """All documents with their "split", without near-duplicates. A corpus whose hashes leave a split empty
-    is cut instead: the last twentieth of its longest document becomes validation.
-
-    Returns the documents, what was skipped, and how many were duplicates.
-    """
+    """(documents with their "split", near-duplicates left out; what was skipped; how many were duplicates).
+    Where the hashes leave a split empty, the last twentieth of the longest document becomes validation."""
     skipped = []
     documents = [{**doc, "split": split_of(doc["source"])} for doc in corpus(run, skipped)]
     if not documents:
@@ -1404,24 +1339,22 @@ def split_documents(run):
 
 def encoded(doc, tok):
     """(ids, learned) of a document: what stands in its "silent" spans [start, end) is read, not learned."""
-    ids, learned, start = [tok.special["[BOS]"]], [True], 0
-    end = len(doc["text"])
-    for silent, after in (*doc.get("silent", ()), (end, end)):
-        for part, is_learned in ((doc["text"][start:silent], True), (doc["text"][silent:after], False)):
-            new = tok.encode(part)
-            ids += new
-            learned += [is_learned] * len(new)
+    ids, learned, start, text = [tok.special["[BOS]"]], [True], 0, doc["text"]
+    for silent, after in (*doc.get("silent", ()), (len(text), len(text))):
+        for part, is_learned in ((text[start:silent], True), (text[silent:after], False)):
+            ids += tok.encode(part)
+            learned += [is_learned] * (len(ids) - len(learned))
         start = after
     return [*ids, tok.special["[EOS]"]], [*learned, True]
 
 
 def write_tokens(path, documents, tok, dtype):
-    """Pack documents into one file of ids and, where some have silent spans, another of what is learned
-    (PATH with .learned before .bin); returns their numbers of documents, tokens and bytes."""
-    n_tokens, pairs = 0, (encoded(doc, tok) for doc in documents)
+    """Pack documents into one file of ids and another, PATH with .learned before .bin, of what is learned;
+    returns their numbers of documents, tokens and bytes."""
+    n_tokens = 0
     with atomic(path) as temporary, open(temporary, "wb") as file, \
             atomic(path.with_suffix(".learned.bin")) as marks, open(marks, "wb") as learned_file:
-        for ids, learned in pairs:
+        for ids, learned in (encoded(doc, tok) for doc in documents):
             n_tokens += len(ids)
             file.write(np.array(ids, dtype).tobytes())
             learned_file.write(np.array(learned, np.uint8).tobytes())
@@ -1429,17 +1362,20 @@ def write_tokens(path, documents, tok, dtype):
             "bytes": sum(len(doc["text"].encode()) for doc in documents)}
 
 
+DOMAIN_WEIGHTS = {"web": 0.26, "code": 0.2, "math": 0.05, "knowledge": 0.03, "tools": 0.34, "drills": 0.12}
+ANNEAL_WEIGHTS = {"web": 0.2, "code": 0.2, "math": 0.2, "knowledge": 0.2, "tools": 0.2}  # facts, checked work
+
+
 class TokenFiles:
     """The packed ids of each domain, memory-mapped, and the batches drawn from them."""
 
     def __init__(self, folder, weights=None, anneal_weights=None):
         about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        self.ids, self.learned = ({
-            (domain, split): np.memmap(folder / f"{domain}.{split}{kind}.bin", dtype, "r")
-            for domain, splits in about["domains"].items()
-            for split in splits
-            if splits[split]["tokens"]
-        } for kind, dtype in (("", about["dtype"]), (".learned", np.uint8)))
+        keys = [(domain, split) for domain, splits in about["domains"].items() for split in splits
+                if splits[split]["tokens"]]
+        self.ids, self.learned = (
+            {key: np.memmap(folder / f"{'.'.join(key)}{kind}.bin", dtype, "r") for key in keys}
+            for kind, dtype in (("", about["dtype"]), (".learned", np.uint8)))
         self.weights = self.settle(weights, DOMAIN_WEIGHTS)
         self.anneal_weights = self.settle(anneal_weights or weights, ANNEAL_WEIGHTS)
 
@@ -1484,10 +1420,6 @@ class TokenFiles:
                 torch.from_numpy(targets[1 : rows * length + 1]).view(rows, length))
 
 
-DOMAIN_WEIGHTS = {"web": 0.26, "code": 0.2, "math": 0.05, "knowledge": 0.03, "tools": 0.34, "drills": 0.12}
-ANNEAL_WEIGHTS = {"web": 0.2, "code": 0.2, "math": 0.2, "knowledge": 0.2, "tools": 0.2}  # facts, checked work
-
-
 # ==================================================================================================
 # 3  Rephrasing (R 2.2)
 # ==================================================================================================
@@ -1522,9 +1454,14 @@ STYLES = {
     "quiz": ("a riddle that names its subject last", "Who or what is meant?\n", "{say}", " ",
              "\nThe answer: {n}."),
 }
+# of worked problems: the form of each part, of which {what} is the kind or number, {text} the English text
 MATH_STYLES = {
-    "learning note": "a learning note: the question, the idea, the work in numbered steps, the result",
-    "translation": "a faithful translation into English that changes nothing else",
+    "learning note": ("a learning note: the question, the idea, the work in numbered steps, the result",
+                      {"problem": "# Learning note\nQuestion: {text}\nIdea: {idea}.",
+                       "step": "{what}. {text}", "answer": "Result: {text}"}),
+    "translation": ("a faithful translation into English that changes nothing else",
+                    {"problem": "Problem: {text}",
+                     "step": "Step {what}: {text}", "answer": "Answer: {text}"}),
 }
 IDEAS = {
     "calculation": "go part by part, the small places first", "division": "take the tens of the quotient",
@@ -1538,10 +1475,16 @@ IDEAS = {
 
 # --- reading the invented world: every sentence of the grammar turned into a pattern ---
 
-NUMERIC = {"born", "died", "founded", "population", "members", "year", "age", "visitors"}
-VOCABULARY = {"occupation": OCCUPATIONS, "partner": OCCUPATIONS, "field": FIELDS, "good": GOODS,
-              "form": FORMS, "month": MONTHS, "region": REGIONS}
+WORDED = {"occupation": OCCUPATIONS, "partner": OCCUPATIONS, "field": FIELDS, "good": GOODS, "form": FORMS,
+          "month": MONTHS, "region": REGIONS}
+VALUES = {fact: "|".join(words) for fact, words in WORDED.items()} | {"birthday": r"\d+ [A-Z][a-z]+"} | \
+    dict.fromkeys("born died founded population members year age visitors".split(), r"\d+")
 SPEAKERS = re.compile(r"^(?:Ada: |Ben: |Next: |Further: |My papers say: )+")
+
+
+def type_of(fact):
+    """The pattern of a fact's values; facts of one type can be mistaken for each other."""
+    return VALUES.get(fact, r"(?:The )?[A-Z][a-z]+(?: [A-Z][a-z]+)*")
 
 
 def pattern_of(template, value=""):
@@ -1565,12 +1508,11 @@ def patterns(kind):
     """((fact, pattern), ...) of all that the styles write about a kind; fact is None for what states none."""
     found = []
     for fact, row in grammar(kind).items():
-        value = r"\d+" if fact in NUMERIC else "|".join(VOCABULARY.get(fact, ())) or (
-            r"\d+ [A-Z][a-z]+" if fact == "birthday" else r"(?:The )?[A-Z][a-z]+(?: [A-Z][a-z]+)*")
         asked = [f"Q: {ask}\nA: {{it}}." for ask in row["asks"]]
         labelled = [form.format(label=row["label"], it="{it}") for form in
                     ("- {label}: {it}", "| {label} | {it} |", "{label} {it}", "{label} {it}.")]
-        found += [(fact, pattern_of(template, value)) for template in (*row["says"], *asked, *labelled)]
+        found += [(fact, pattern_of(template, type_of(fact)))
+                  for template in (*row["says"], *asked, *labelled)]
         found += [(None, pattern_of(ask)) for ask in row["asks"]]
     for _, opening, _, _, closing in STYLES.values():
         found += [(None, pattern_of(piece)) for part in (opening, closing) for piece in pieces(part)]
@@ -1590,62 +1532,61 @@ def statements(piece, entity):
     return [(fact, m.groupdict().get("it"), m.groupdict().get("who")) for fact, m in matches if m]
 
 
+def read_article(text, start, end):
+    """The entity of the article that stands at text[start:end], or None."""
+    name, _, body = text[start:end].partition("\n\n")
+    for kind in GRAMMAR:
+        entity, position = {**entity_of(kind, name), "at": {}}, start + len(name)
+        for piece in pieces(body):
+            read = [(fact, value) for fact, value, who in statements(piece, entity)
+                    if fact and means(who, entity)]
+            if len(read) != 1 or read[0][0] in entity["facts"]:
+                break
+            (fact, value), position = read[0], text.index(piece, position)
+            entity["facts"][fact], entity["at"][fact] = value, position
+        else:
+            return entity
+
+
 def read_articles(text):
     """Entities {"name", "kind", "facts", "at"} of encyclopedia articles, `at` the place of each fact's
     sentence in the text; [] for any other text."""
-    entities = []
     starts = [match.start() for match in re.finditer(r"(?m)^[A-Z][^.:|\n]*\n\n", text)]
     if not starts or text[: starts[0]].strip():
         return []
-    for start, end in zip(starts, [*starts[1:], len(text)]):
-        name, _, body = text[start:end].partition("\n\n")
-        for kind in GRAMMAR:
-            entity, position = {"name": name, "kind": kind, "facts": {}, "at": {}}, start + len(name)
-            for piece in pieces(body):
-                read = [(f, v) for f, v, who in statements(piece, entity) if f and means(who, entity)]
-                if len(read) != 1 or read[0][0] in entity["facts"]:
-                    break
-                position = text.index(piece, position)
-                entity["facts"][read[0][0]], entity["at"][read[0][0]] = read[0][1], position
-            else:
-                entities.append(entity)
-                break
-        else:
-            return []
-    return entities
+    read = (read_article(text, *span) for span in zip(starts, [*starts[1:], len(text)]))
+    entities = list(itertools.takewhile(bool, read))
+    return entities if len(entities) == len(starts) else []
 
 
 # --- fidelity: does a text say what its source says, all of it and nothing else? ---
 
 WORD = re.compile(r"[^\W\d_]+(?:'[a-z]+)?")
-COUNTED = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-fifteen sixteen seventeen eighteen nineteen twenty""".split()
+COUNTED = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+sixteen seventeen eighteen nineteen twenty""".split()
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(COUNTED) if word != "one"}
 NUMBER_WORDS |= {"thirty": "30", "forty": "40", "fifty": "50", "hundred": "100", "thousand": "1000",
                  "dozen": "12", "twice": "2"}
-NEGATIONS = set("""not no never none nobody nothing neither nor without cannot hardly unlike
-instead false untrue wrong deny denied refused except""".split())
-FUNCTION_WORDS = set("""a an the this that these those it its he she they his her their him them
-one i we you my our your me us who whom whose which what when where how is are was were be been
-being do does did done has have had having will would shall should can could may might must of in
-on at to from by with for as into onto over about after before between during until since than
-then there here and or but so if while because also both each all any some most very just only
-still yet again once same such other another up down out off through around near along whether
-upon within toward towards""".split())
+NEGATIONS = set("""not no never none nobody nothing neither nor without cannot hardly unlike instead false
+untrue wrong deny denied refused except""".split())
+FUNCTION_WORDS = set("""a an the this that these those it its he she they his her their him them one i we you
+my our your me us who whom whose which what when where how is are was were be been being do does did done has
+have had having will would shall should can could may might must of in on at to from by with for as into onto
+over about after before between during until since than then there here and or but so if while because also
+both each all any some most very just only still yet again once same such other another up down out off
+through around near along whether upon within toward towards""".split())
 # words that a faithful text on the invented world may use beyond those of the grammar itself
-PARAPHRASE = """hailed raised native resided lived dwelt settled wed wife husband couple expired
-passed death life lifetime birth date dated year years called named located situated found
-established erected built populated home population folk residents citizens inhabited stands banks
-flowing waters wares goods products famous renowned noted exports close closest neighbouring
-nearby research investigates examines headquarters based located created set formed members
-membership comprises numbering strong wrote composed painted made written author artist maker aged
-finished done concerns story depicts possessed property possession collection celebrated dedicated
-festival hosted venue held staged opened inaugurated attended attendance crowd guests people drawn
-arranged organised person profession professional job trade worked practised career spouse partner
-marriage married region area country later eventually moved hello dear readers reader today
-welcome let introduce know question answer letter note thank friend speak talk hear told tell
-following facts fact told began ended start end number about roughly approximately some river town
-society work fair name names known man woman archive papers report lecture summary""".split()
+PARAPHRASE = """hailed raised native resided lived dwelt settled wed wife husband couple expired passed death
+life lifetime birth date dated year years called named located situated found established erected built
+populated home folk citizens inhabited stands banks flowing waters wares goods products famous renowned noted
+exports close closest neighbouring nearby research investigates examines headquarters based created set formed
+members comprises numbering strong wrote composed painted made written author artist maker aged finished done
+concerns story depicts possessed property collection celebrated dedicated festival hosted venue held staged
+opened inaugurated attended crowd guests people drawn arranged organised person profession job trade worked
+practised career spouse partner marriage married region area country later eventually moved hello dear readers
+today welcome let introduce know question answer letter note thank friend speak talk hear told tell following
+facts fact began ended start end about roughly approximately some river town society work fair name names
+known man woman archive papers report lecture summary""".split()
 # words that tell a fact from its rivals, beyond those that its own sentences have; the short ones weakly
 CUES = {
     "birthplace": "from hailed raised", "home": "settled resided eventually", "spouse": "wed wife husband",
@@ -1674,6 +1615,7 @@ def in_digits(text):
 
 
 def numbers(text):
+    """Its numbers, dates and times as written, number words in digits."""
     return re.findall(r"\d+(?:[.:/]\d+)*", in_digits(text))
 
 
@@ -1691,82 +1633,8 @@ def names(text):
 
 
 def negations(text):
+    """How many words deny something."""
     return sum(word in NEGATIONS or word.endswith("n't") for word in map(str.lower, WORD.findall(text)))
-
-
-def fidelity(source, text, judge=None, translated=False):
-    """Reasons why `text` is no faithful rephrasing of `source`, [] if there are none (R 2.2).
-
-    Exact for the invented world and its mathematics, whose sentences can be read. For other texts it
-    compares numbers, names, quantities, negations and content, or of a translation the numbers and
-    equations; then `judge(source, text)`, where there is one, gives its reason, or "".
-    """
-    if not text.strip():
-        return ["empty"]
-    if entities := read_articles(source):
-        reasons = world_fidelity(entities, text)
-    elif problems := read_problems(source):
-        reasons = math_fidelity(source, problems, text)
-    elif translated:
-        reasons = number_fidelity(source, text) + [f"wrong: {equation}" for equation in wrong_equations(text)]
-    else:
-        reasons = text_fidelity(source, text)
-    if not reasons and judge and (reason := judge(source, text)):
-        reasons = [f"judge: {reason}"]
-    return reasons
-
-
-def world_fidelity(entities, text):
-    """Reasons against a text on these entities: a sentence of the grammar is read exactly, any other by
-    `read_freely`; each must speak of its entity, and in the end every fact must have been told."""
-    told, reasons = {entity["name"]: set() for entity in entities}, []
-    for entity, piece in zip(*speaking_of(entities, list(pieces(text)))):
-        read = statements(piece, entity)
-        mine = [(fact, value) for fact, value, who in read if means(who, entity)]
-        right = [fact for fact, value in mine if fact and value == str(entity["facts"].get(fact))]
-        if right:
-            told[entity["name"]].add(right[0])
-        elif any(fact is None for fact, _ in mine):
-            continue
-        elif mine:
-            fact, value = mine[0]
-            was = entity["facts"].get(fact, "not told")
-            reasons.append(f"changed: {fact} of {entity['name']} is {was}, not {value}")
-        elif read and names(who := f"Of {read[0][2]}") and not names(who) & set(entity["name"].split()):
-            reasons.append(f"speaks of {read[0][2]}, not of {entity['name']}: {piece}")
-        else:
-            facts, reason = read_freely(piece, entity)
-            told[entity["name"]] |= facts
-            reasons += [reason] if reason else []
-    return reasons + [f"lost: {fact} of {entity['name']}, {value}" for entity in entities
-                      for fact, value in entity["facts"].items() if fact not in told[entity["name"]]]
-
-
-def speaking_of(entities, sentences):
-    """(entities, sentences): the one whose subject a sentence names; else the one before, in a riddle the
-    one after."""
-    def named(sentence):
-        read = [(entity, who) for entity in entities for _, _, who in statements(sentence, entity)]
-        if read:  # a sentence of the grammar: its subject counts, not the names among its values
-            return next(
-                (entity for entity, who in read if who and entity["name"].lower() in who.lower()), None
-            )
-        hits = [(sentence.find(e["name"]), i) for i, e in enumerate(entities) if e["name"] in sentence]
-        return entities[min(hits)[1]] if hits else None
-
-    if len(entities) == 1:
-        return entities * len(sentences), sentences
-    subjects, current = [named(sentence) for sentence in sentences], entities[0]
-    for i, sentence in enumerate(sentences):
-        if sentence == "Who or what is meant?":
-            current = next((subject for subject in subjects[i:] if subject), current)
-        current = subjects[i] = subjects[i] or current
-    return subjects, sentences
-
-
-def type_of(fact):
-    """Facts of one type can be mistaken for each other."""
-    return "number" if fact in NUMERIC else "day" if fact == "birthday" else str(VOCABULARY.get(fact, "name"))
 
 
 @functools.cache
@@ -1820,15 +1688,60 @@ def read_freely(piece, entity):
     if re.search(r"\b(?:spouse|wife|husband)\b", text) and facts - {"spouse", "partner"}:
         return set(), f"unclear of whom: {piece}"
     told = " ".join(str(entity["facts"][fact]) for fact in facts) + " " + entity["name"]
-    values = map(str, entity["facts"].values())
-    values = [value for value in values if re.search(rf"\b{re.escape(value)}\b", text)]
-    if unclear := [value for value in values if value not in told]:
+    if unclear := [value for value in map(str, entity["facts"].values())
+                   if value not in told and re.search(rf"\b{re.escape(value)}\b", text)]:
         return set(), f"unclear what {unclear[0]} is: {piece}"
     pronouns = {"he", "she", "it", "they", "his", "her", "its", "their", NOUNS[entity["kind"]]}
     subjects = {word.lower() for word in WORD.findall(entity["name"])} | pronouns
     if facts and not subjects & {word.lower() for word in WORD.findall(text)}:
         return set(), f"does not speak of {entity['name']}: {piece}"
     return facts, None
+
+
+def speaking_of(entities, sentences):
+    """The entity of each sentence: the one that its subject names; else the one before, in a riddle the one
+    after."""
+    def named(sentence):
+        read = [(entity, who) for entity in entities for _, _, who in statements(sentence, entity)]
+        if read:  # a sentence of the grammar: its subject counts, not the names among its values
+            return next((e for e, who in read if who and e["name"].lower() in who.lower()), None)
+        return min((e for e in entities if e["name"] in sentence),
+                   key=lambda e: sentence.find(e["name"]), default=None)
+
+    if len(entities) == 1:
+        return entities * len(sentences)
+    subjects, current = [named(sentence) for sentence in sentences], entities[0]
+    for i, sentence in enumerate(sentences):
+        if sentence == "Who or what is meant?":
+            current = next((subject for subject in subjects[i:] if subject), current)
+        current = subjects[i] = subjects[i] or current
+    return subjects
+
+
+def world_fidelity(entities, text):
+    """Reasons against a text on these entities: a sentence of the grammar is read exactly, any other by
+    `read_freely`; each must speak of its entity, and in the end every fact must have been told."""
+    told, reasons, sentences = {entity["name"]: set() for entity in entities}, [], list(pieces(text))
+    for entity, piece in zip(speaking_of(entities, sentences), sentences):
+        read = statements(piece, entity)
+        mine = [(fact, value) for fact, value, who in read if means(who, entity)]
+        right = [fact for fact, value in mine if fact and value == str(entity["facts"].get(fact))]
+        if right:
+            told[entity["name"]].add(right[0])
+        elif any(fact is None for fact, _ in mine):
+            continue
+        elif mine:
+            fact, value = mine[0]
+            was = entity["facts"].get(fact, "not told")
+            reasons.append(f"changed: {fact} of {entity['name']} is {was}, not {value}")
+        elif read and names(who := f"Of {read[0][2]}") and not names(who) & set(entity["name"].split()):
+            reasons.append(f"speaks of {read[0][2]}, not of {entity['name']}: {piece}")
+        else:
+            facts, reason = read_freely(piece, entity)
+            told[entity["name"]] |= facts
+            reasons += [reason] if reason else []
+    return reasons + [f"lost: {fact} of {entity['name']}, {value}" for entity in entities
+                      for fact, value in entity["facts"].items() if fact not in told[entity["name"]]]
 
 
 def number_fidelity(source, text):
@@ -1863,25 +1776,22 @@ def text_fidelity(source, text):
 
 # --- reading mathematics: problems in four languages, every equation worked out again ---
 
-
 @functools.cache
 def math_patterns():
-    """((kind, language column, pattern), ...) of the statements."""
+    """((part, language column, kind, pattern), ...) of the lines of worked problems."""
     found = []
-    for kind, row in STATEMENTS.items():
-        for column, template in enumerate(row):
-            slot = {
-                "task": r"\d+ [-+×] \d+",
-                "list": r"\d+(?:, \d+)+",
-                "item": "|".join(
-                    re.escape(WORDS[item][column]) for item in ("apples", "pears", "lemons", "eggs")
-                ),
-            }
-            text, seen = re.escape(template), set()
-            for name in re.findall(r"\{(\w+)\}", template):
-                group = f"(?P={name})" if name in seen else f"(?P<{name}>{slot.get(name, '[0-9]+')})"
-                text, _ = text.replace(rf"\{{{name}\}}", group, 1), seen.add(name)
-            found.append((kind, column, re.compile(text)))
+    for column in range(len(LANGUAGES)):
+        slots = {"task": r"\d+ [-+×] \d+", "list": r"\d+(?:, \d+)+",
+                 "item": "|".join(WORDS[item][column] for item in ITEMS)}
+        lines = [("step", None, r"(?P<number>\d+): (?P<text>.*)"), ("answer", None, "(?P<text>.*)")]
+        for kind, row in STATEMENTS.items():
+            text = re.escape(row[column])
+            for name in dict.fromkeys(re.findall(r"\{(\w+)\}", row[column])):
+                first, *others = text.split(rf"\{{{name}\}}")
+                text = f"{first}(?P<{name}>{slots.get(name, '[0-9]+')})" + f"(?P={name})".join(others)
+            lines.append(("problem", kind, text))
+        found += [(part, column, kind, re.compile(re.escape(WORDS[part][column]) + text))
+                  for part, kind, text in lines]
     return tuple(found)
 
 
@@ -1896,23 +1806,14 @@ def in_english(text, column, part):
 
 
 def read_line(line):
-    """What a line of a worked problem is: (part, language column, kind or number, English text), or None.
-
-    part is "problem", "step" or "answer".
-    """
-    for part in ("problem", "step", "answer"):
-        for column, word in enumerate(WORDS[part]):
-            if not line.startswith(word):
-                continue
-            rest = line.removeprefix(word)
-            if part == "answer":
-                return part, column, None, in_english(rest, column, part)
-            if part == "step" and (match := re.fullmatch(r"(\d+): (.*)", rest)):
-                return part, column, match[1], in_english(match[2], column, part)
-            for kind, language, pattern in math_patterns() if part == "problem" else ():
-                if language == column and (match := pattern.fullmatch(rest)):
-                    slots = {key: in_english(value, column, part) for key, value in match.groupdict().items()}
-                    return part, column, kind, STATEMENTS[kind][0].format(**slots)
+    """What a line of a worked problem is: (part, language column, kind or number, English text), or None;
+    part is "problem", "step" or "answer"."""
+    for part, column, kind, pattern in math_patterns():
+        if match := pattern.fullmatch(line):
+            slots = {key: in_english(value, column, part) for key, value in match.groupdict().items()}
+            if part == "problem":
+                return part, column, kind, STATEMENTS[kind][0].format(**slots)
+            return part, column, slots.get("number"), slots["text"]
     return None
 
 
@@ -1967,24 +1868,24 @@ def wrong_equations(text, x=None):
     return wrong
 
 
+# answers from the numbers of a statement alone
+SOLUTIONS = {
+    "division": lambda a, b: f"{a // b}, remainder {a % b}", "equation": lambda a, b, c: Fraction(c - b, a),
+    "percent": lambda a, b: Fraction(a * b, 100), "divisor": math.gcd,
+    "fractions": lambda a, b, c, d: Fraction(a, b) + Fraction(c, d),
+    "sequence": lambda a, b, *more: a + (2 + len(more)) * (b - a),
+    "price": lambda a, b, c: Fraction(b * c, a), "distance": lambda a, b: a * b, "area": lambda a, b: a * b,
+    "comparison": lambda a, b, c, d: f"{a} × {b}" if a * b > c * d else f"{c} × {d}",
+    "total": lambda *all_of_them: sum(all_of_them),
+}
+
+
 def solve(problem):
     """The answer to a problem, from its statement alone, as its text writes it."""
     kind, statement = problem["kind"], problem["statement"]
-    n = [int(number) for number in re.findall(r"\d+", statement)]
-    if kind == "divisor":
-        return str(math.gcd(*n))
-    if kind == "division":
-        return f"{n[0] // n[1]}, remainder {n[0] % n[1]}"
-    if kind == "comparison":
-        first, second = f"{n[0]} × {n[1]}", f"{n[2]} × {n[3]}"
-        return first if n[0] * n[1] > n[2] * n[3] else second
-    return str({
-        "calculation": lambda: work_out(re.search(r"\d+ [-+×] \d+", statement)[0]),
-        "equation": lambda: Fraction(n[2] - n[1], n[0]), "percent": lambda: Fraction(n[0] * n[1], 100),
-        "fractions": lambda: Fraction(n[0], n[1]) + Fraction(n[2], n[3]),
-        "sequence": lambda: n[0] + len(n) * (n[1] - n[0]), "price": lambda: Fraction(n[1] * n[2], n[0]),
-        "distance": lambda: n[0] * n[1], "total": lambda: sum(n), "area": lambda: n[0] * n[1],
-    }[kind]())
+    if kind == "calculation":
+        return str(work_out(re.search(r"\d+ [-+×] \d+", statement)[0]))
+    return str(SOLUTIONS[kind](*map(int, re.findall(r"\d+", statement))))
 
 
 # words that a learning note may use beyond those of the problems and ideas
@@ -2022,8 +1923,29 @@ def math_fidelity(source, problems, text):
     return reasons
 
 
-# --- rewriters: the grammar, our own model, an endpoint; each is (task, chunk, written) -> text ---
+def fidelity(source, text, judge=None, translated=False):
+    """Reasons why `text` is no faithful rephrasing of `source`, [] if there are none (R 2.2).
 
+    Exact for the invented world and its mathematics, whose sentences can be read. For other texts it
+    compares numbers, names, quantities, negations and content, or of a translation the numbers and
+    equations; then `judge(source, text)`, where there is one, gives its reason, or "".
+    """
+    if not text.strip():
+        return ["empty"]
+    if entities := read_articles(source):
+        reasons = world_fidelity(entities, text)
+    elif problems := read_problems(source):
+        reasons = math_fidelity(source, problems, text)
+    elif translated:
+        reasons = number_fidelity(source, text) + [f"wrong: {equation}" for equation in wrong_equations(text)]
+    else:
+        reasons = text_fidelity(source, text)
+    if not reasons and judge and (reason := judge(source, text)):
+        reasons = [f"judge: {reason}"]
+    return reasons
+
+
+# --- rewriters: the grammar, our own model, an endpoint; each is (task, chunk, written) -> text ---
 
 @dataclass(frozen=True)
 class Rewriting:
@@ -2034,6 +1956,7 @@ class Rewriting:
     number: int  # which rephrasing of the document
 
     def key(self):
+        """Its name in the journal."""
         return [self.document["source"], zlib.crc32(self.document["text"].encode()), self.style, self.number]
 
 
@@ -2068,6 +1991,23 @@ def styles_of(doc):
     return list(MATH_STYLES) if foreign else ["learning note"]
 
 
+def tell(entity, style, rng, facts=None, begin=True, end=True):
+    """Some facts of an entity in a style; all the text, or from its opening, or to its closing."""
+    _, opening, line, between, closing = STYLES[style]
+    rows, subject = grammar(entity["kind"]), subject_of(entity)
+    facts = list(entity["facts"] if facts is None else facts)
+    if style != "encyclopedia":
+        rng.shuffle(facts)
+    said_of = dict.fromkeys("ns", f"this {NOUNS[entity['kind']]}") if style == "quiz" else subject
+    written = []
+    for fact in facts:
+        value, row = entity["facts"][fact], rows[fact]
+        say, ask = rng.choice(row["says"]), rng.choice(row["asks"])
+        written.append(line.format(label=row["label"], it=value, ask=worded(ask, subject),
+                                   say=worded(say, said_of, value)))
+    return opening.format(**subject) * begin + between.join(written) + closing.format(**subject) * end
+
+
 class GrammarRewriter:
     """The built-in writer: reads articles of the invented world and worked problems, and tells them anew.
     It needs no network and invents nothing; of any other text it knows no style."""
@@ -2078,105 +2018,68 @@ class GrammarRewriter:
         self.seed = seed
 
     def styles(self, doc):
-        readable = read_articles(doc["text"]) or read_problems(doc["text"])
-        return styles_of(doc) if readable else []
+        """Names of the styles that this document can be told in."""
+        return styles_of(doc) if read_articles(doc["text"]) or read_problems(doc["text"]) else []
 
     def __call__(self, task, chunk, written):
         rng = random.Random(f"{self.seed} {task.key()} {chunk}")
         source = task.document["text"]
         if task.style in MATH_STYLES:
             return self.solve_anew(source[slice(*chunk)], task.style)
-        parts, entities = [], read_articles(source)
-        for entity in entities:
-            inside = [fact for fact, at in entity["at"].items() if chunk[0] <= at < chunk[1]]
-            if inside:
-                places = entity["at"].values()
-                parts.append(
-                    tell(entity, task.style, rng, inside, chunk[0] <= min(places), max(places) < chunk[1])
-                )
-        return "\n".join(parts) + "\n" * (chunk[1] < len(source))
+        parts, (start, end) = [], chunk
+        for entity in read_articles(source):
+            places = entity["at"].values()
+            if inside := [fact for fact, at in entity["at"].items() if start <= at < end]:
+                parts.append(tell(entity, task.style, rng, inside, start <= min(places), max(places) < end))
+        return "\n".join(parts) + "\n" * (end < len(source))
 
     @staticmethod
     def solve_anew(text, style):
-        lines = []
-        for line in text.split("\n"):
-            part, _, kind, english = read_line(line) or ("", 0, None, line)
-            if style == "translation":
-                head = {"": "", "problem": "Problem: ", "step": f"Step {kind}: ", "answer": "Answer: "}[part]
-                lines.append(head + english)
-            elif part == "problem":
-                lines += ["# Learning note", f"Question: {english}", f"Idea: {IDEAS[kind]}."]
-            else:
-                lines.append({"": "", "step": f"{kind}. ", "answer": "Result: "}[part] + english)
-        return "\n".join(lines)
+        """Worked problems in English, each line in the form that the style has for its part."""
+        def told(line):
+            part, _, what, english = read_line(line) or (None, 0, None, line)
+            return MATH_STYLES[style][1].get(part, "{text}").format(
+                what=what, text=english, idea=IDEAS.get(what))
+        return "\n".join(map(told, text.split("\n")))
 
 
-def tell(entity, style, rng, facts=None, begin=True, end=True):
-    """Some facts of an entity in a style; all the text, or from its opening, or to its closing."""
-    _, opening, line, between, closing = STYLES[style]
-    rows, subject = grammar(entity["kind"]), subject_of(entity)
-    facts = list(entity["facts"] if facts is None else facts)
-    if style != "encyclopedia":
-        rng.shuffle(facts)
-    if style == "quiz":
-        anonymous = dict.fromkeys("ns", f"this {NOUNS[entity['kind']]}")
-    written = []
-    for fact in facts:
-        value, row = entity["facts"][fact], rows[fact]
-        say, ask = rng.choice(row["says"]), rng.choice(row["asks"])
-        written.append(line.format(label=row["label"], it=value, ask=worded(ask, subject),
-                                   say=worded(say, anonymous if style == "quiz" else subject, value)))
-    return opening.format(**subject) * begin + between.join(written) + closing.format(**subject) * end
-
-
-SYSTEM = (
-    "You rewrite texts. Keep every fact, number, unit, name and date of the passage; add nothing, leave "
-    "out nothing, correct nothing. Write English. Answer with the new text alone."
-)
+SYSTEM = """You rewrite texts. Keep every fact, number, unit, name and date of the passage; add nothing, \
+leave out nothing, correct nothing. Write English. Answer with the new text alone."""
 
 
 def rewriting_messages(task, chunk, written):
     """The chat that asks a model for one chunk: what stands around it, what was written so far, the
     passage itself (R 2.2, Fig. 4)."""
-    doc, (start, end) = task.document, chunk
-    style = STYLES[task.style][0] if task.style in STYLES else MATH_STYLES[task.style]
-    ask = f"Rewrite the passage as {style}."
-    if doc["domain"] == "math":
+    text, (start, end) = task.document["text"], chunk
+    ask = f"Rewrite the passage as {(STYLES | MATH_STYLES)[task.style][0]}."
+    if task.document["domain"] == "math":
         ask += " Begin every problem with a line 'Question: ' and end it with a line 'Result: '."
-    if (start, end) != (0, len(doc["text"])):
-        ask += (
-            f"\n\nIt is part of a longer text. Before it stands:\n{doc['text'][max(0, start - 2000) : start]}"
-            f"\n\nAfter it stands:\n{doc['text'][end : end + 500]}"
-        )
+    if (start, end) != (0, len(text)):
+        ask += (f"\n\nIt is part of a longer text. Before it stands:\n{text[max(0, start - 2000) : start]}"
+                f"\n\nAfter it stands:\n{text[end : end + 500]}")
     if written:
         ask += f"\n\nYour text so far, go on from its end without repeating it:\n{''.join(written)[-4000:]}"
     return [{"role": "system", "content": SYSTEM},
-            {"role": "user", "content": f"{ask}\n\nPassage:\n{doc['text'][start:end]}"}]
+            {"role": "user", "content": f"{ask}\n\nPassage:\n{text[start:end]}"}]
 
 
 class ModelRewriter:
     """A chat model that this project trained, from its folder."""
 
-    parallel = 1
+    parallel, styles = 1, staticmethod(styles_of)
 
     def __init__(self, folder, seed, device):
         self.model, self.tok = load_pretrained(folder, device)
         self.seed, self.device = seed, device
 
-    def styles(self, doc):
-        return styles_of(doc)
-
     def __call__(self, task, chunk, written):
         ids, _ = self.tok.render(rewriting_messages(task, chunk, written), add_generation_prompt=True)
-        generator = torch.Generator(self.device).manual_seed(
-            zlib.crc32(repr((self.seed, task.key(), chunk)).encode())
-        )
+        seed = zlib.crc32(repr((self.seed, task.key(), chunk)).encode())
         room = 2 * len(self.tok.encode(task.document["text"][slice(*chunk)])) + 64
         stop = [self.tok.special[name] for name in ("<|im_end|>", "[EOS]")]
-        out = self.model.generate(torch.tensor([ids]), room, 0.6, stop=stop, generator=generator)[
-            0, len(ids) :
-        ]
-        return self.tok.parse(out.tolist())["content"] or ""
+        (out,) = self.model.generate(torch.tensor([ids]), room, 0.6, stop=stop,
+                                     generator=torch.Generator(self.device).manual_seed(seed))
+        return self.tok.parse(out[len(ids) :].tolist())["content"] or ""
 
 
 class Endpoint:
@@ -2192,6 +2095,7 @@ class Endpoint:
         self.gap, self.free, self.lock = 60.0 / per_minute if per_minute else 0.0, 0.0, threading.Lock()
 
     def wait_for_turn(self):
+        """Sleep so long that there are at most `per_minute` calls a minute, of all threads together."""
         with self.lock:
             now = time.monotonic()
             turn = self.free = max(now, self.free)
@@ -2205,9 +2109,9 @@ class Endpoint:
     def message(self, messages, **options):
         """The answer's message as the server sent it: it has a text, or calls if `tools` were offered."""
         body = json.dumps({"model": self.model, "messages": messages, **options}).encode()
-        headers = {"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        )
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         for attempt in range(self.retries + 1):
             self.wait_for_turn()
             pause = 2.0**attempt
@@ -2240,10 +2144,12 @@ class Endpoint:
 
 
 class EndpointRewriter:
+    """Any model behind an endpoint, asked for several chunks at one time."""
+
+    styles = staticmethod(styles_of)
+
     def __init__(self, endpoint, parallel):
         self.endpoint, self.parallel = endpoint, parallel
-
-    styles = ModelRewriter.styles
 
     def __call__(self, task, chunk, written):
         return self.endpoint.chat(rewriting_messages(task, chunk, written), temperature=0.7).strip() + "\n"
@@ -2262,10 +2168,9 @@ def endpoint_of(run, what):
 def judge_with(endpoint):
     """A judge(source, text) that asks an endpoint; "" or the reason it gives."""
     def judge(source, text):
-        ask = (
-            f"Source:\n{source}\n\nRephrasing:\n{text}\n\nDoes the rephrasing state every fact of the "
-            "source, change none and add none? Answer FAITHFUL, or UNFAITHFUL: and the reason in one line."
-        )
+        ask = (f"Source:\n{source}\n\nRephrasing:\n{text}\n\nDoes the rephrasing state every fact of the "
+               "source, change none and add none? Answer FAITHFUL, or UNFAITHFUL: and the reason in one "
+               "line.")
         answer = endpoint.chat([{"role": "user", "content": ask}], temperature=0.0).strip()
         return "" if answer.upper().startswith("FAITHFUL") else answer.split("\n")[0][:300]
     return judge
@@ -2285,7 +2190,6 @@ def make_rewriter(run):
 
 
 # --- the stage: tasks, a journal that a kill cannot harm, verdicts ---
-
 
 def rephrasing_tasks(documents, rewriter, run):
     """The tasks of a run in a fixed order: for each training document at most rephrase_max styles; what is
@@ -2346,7 +2250,7 @@ def seam_faults(parts):
     return reasons
 
 
-def rephrase_one(task, rewriter, judge, journal, tok, size):
+def rephrase_one(rewriter, judge, journal, tok, size, task):
     """(text, reasons): a document rewritten chunk by chunk, and judged."""
     written, spans = [], chunks(task.document["text"], tok, size)
     for chunk in spans:
@@ -2368,19 +2272,16 @@ def rephrase(documents, run, tok, folder):
     rewriter = make_rewriter(run)
     if rewriter is None:
         return [], []
-    judge = endpoint_of(run, "judge")
-    judge = judge_with(judge) if judge else None
+    endpoint = endpoint_of(run, "judge")
+    judge = judge_with(endpoint) if endpoint else None
     tasks = list(rephrasing_tasks(documents, rewriter, run))
     journal, accepted, rejected = Journal(folder / "rephrase.journal"), [], []
-    work = functools.partial(
-        rephrase_one, rewriter=rewriter, judge=judge, journal=journal, tok=tok, size=run.chunk_tokens
-    )
-    pool = ThreadPoolExecutor(rewriter.parallel) if rewriter.parallel > 1 else None
+    pool = ThreadPoolExecutor(rewriter.parallel) if rewriter.parallel > 1 else None  # alone, it stops at once
     try:
-        results = pool.map(work, tasks) if pool else map(work, tasks)
+        work = functools.partial(rephrase_one, rewriter, judge, journal, tok, run.chunk_tokens)
+        results = (pool.map if pool else map)(work, tasks)
         for task, (text, reasons) in zip(
-            tasks, tqdm(results, "rephrase", len(tasks), disable=None, unit="text")
-        ):
+                tasks, tqdm(results, "rephrase", len(tasks), disable=None, unit="text")):
             doc = {**document(text, task.document["domain"], task.document["source"]), "split": "train",
                    "rephrased_from": task.document["source"], "style": task.style}
             if reasons:

@@ -318,18 +318,18 @@ def test_own_files_train_and_bad_ones_are_reported(tmp_path, capsys):
     words = " ".join(str(n) for n in range(3000)).encode()
     run, cfg = own_run(tmp_path, a__txt=words, b__md=b"# Title\n\ntext " * 200, latin__txt=b"caf\xe9 " * 50,
                        c__jsonl=b'{"text": "fine one"}\n{"text": broken\n\n[1]\n'
-                                b'{"no": "text"}\n{"text": "last"}\n',
+                                b'{"no": "text"}\n{"text": "last"}\n3\n',
                        ignored__png=b"\x00\x01")
     out = tmp_path / "run"
     out.mkdir()
     tok = train.prepare_data(run, cfg, out)
     errors = capsys.readouterr().err
     assert "latin.txt: not UTF-8 at byte 3" in errors
-    for number in (2, 4, 5):
+    for number in (2, 4, 5, 7):
         assert f"c.jsonl line {number}:" in errors
     index = json.loads((out / "data" / "index.json").read_text())
     splits = index["domains"]["own"]
-    assert index["skipped"] == 4 and splits["val"]["tokens"] > 0 and splits["train"]["tokens"] > 0
+    assert index["skipped"] == 5 and splits["val"]["tokens"] > 0 and splits["train"]["tokens"] > 0
     kept = (out / "data" / "own.jsonl").read_text()
     assert "fine one" in kept and "last" in kept and tok.n_vocab == 512
 
