@@ -591,12 +591,13 @@ SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "en
            "pydoc_data", "__pycache__"}
 
 
-def split_of(source):
-    """"train" or, for one group in 20, "val", by a hash that no run or machine changes. A module's group is
-    its top-level package, so that words, code and neighbours are on one side; any other source is its own."""
+def split_of(source, fraction=0.05):
+    """"train" or, for this fraction of groups, "val", by a hash that no run or machine changes. A module's
+    group is its top-level package, so that words, code and neighbours are on one side; any other source is
+    its own."""
     group = source if "/" in source else source.split(".")[0].lstrip("_")
     # 914 was picked for validation text of many modules, none with a twin in training
-    return "val" if zlib.crc32(f"split 914 {group}".encode()) < 0.05 * 2**32 else "train"
+    return "val" if zlib.crc32(f"split 914 {group}".encode()) < fraction * 2**32 else "train"
 
 
 def document(text, domain, source):
