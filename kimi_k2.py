@@ -1154,7 +1154,8 @@ class HeadLoss(torch.autograd.Function):
     """Sum over targets of the cross-entropy -log softmax(W h)[target], without ever holding all
     logits: a few rows at a time are made, turned into their gradient p - onehot and used up.
 
-    For K2 the logits of 4,096 tokens would be 2.7 GB, and autograd keeps three such tensors.
+    h (N, C), weights (V, C), targets (N,), all of them ids. For K2 the logits of 4,096 tokens would be
+    2.7 GB, and autograd keeps three such tensors.
     """
 
     @staticmethod

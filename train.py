@@ -5636,7 +5636,7 @@ def phases(run, cfg, data):
     """Drills, pretraining, annealing on the best data, long-context activation, YaRN (R 2.5); none without
     steps.
 
-    The drills are ours: trillions of tokens teach a model to copy from its context, a toy has three million.
+    The drills are ours: trillions of tokens teach a model to copy from its context, a toy has two million.
     Rows of nothing but copies, a few at a time, teach it in minutes, and it forgets nothing where the other
     domains come in slowly.
 

@@ -446,7 +446,8 @@ def parse(argv=None):
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     args.device = torch.device(auto if args.device == "auto" else args.device)
     here = [name for name in ROWS if name != "mfu" or args.device.type == "cuda"]
-    args.rows = here[:-1] if args.rows is None else [name for name in args.rows.split(",") if name]
+    usual = [name for name in here if name != "experts"]
+    args.rows = usual if args.rows is None else [name for name in args.rows.split(",") if name]
     if unknown := [name for name in args.rows if name not in here]:
         parser.error(f"no row {unknown[0]!r} here; there are: {', '.join(here)}")
     return args

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import shutil
+import zlib
 
 import pytest
 import torch
@@ -538,6 +539,12 @@ def test_the_critics_dialogs_name_the_better_answer():
         if "Rubric:" in asked:  # flattery and length lose
             assert (len(first) < len(second)) == (answer == "A")
     assert min(n.values()) > 30
+
+
+def test_the_pairs_that_measure_the_critic_are_held_out():
+    for held_out in (True, False):
+        pairs = list(train.critic_pairs(random.Random(0), 60, held_out))
+        assert {zlib.crc32(request.encode()) % 8 == 0 for request, *_ in pairs} == {held_out}
 
 
 def test_pairs_of_known_order_come_from_right_and_wrong_answers():
