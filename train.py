@@ -182,7 +182,7 @@ class RunConfig:
     bias_update_rate: float | None = None  # u of the router biases (V3: 1e-3; K2 UNCONFIRMED)
     eval_every: int | None = None  # steps between validations, samples and plots
     eval_tokens: int | None = None  # validation tokens of each domain
-    needles: int = 30  # needles to find in each length of context
+    needles: int = 12  # needles to find in each length of context
     save_every: int | None = None  # steps between checkpoints
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # fp32 or bf16 (autocast); auto: bf16 on CUDA
@@ -1796,14 +1796,20 @@ def math_patterns():
     return tuple(found)
 
 
-def in_english(text, column, part):
-    """The words of a part of a worked problem, from the language of the column to English."""
+@functools.cache
+def foreign_words(column, part):
+    """({word: English}, pattern of these words, long ones first) of the language of a column."""
     # German has one word, Rest, for what is left in a step and for the remainder in an answer
     skipped = {"problem", "step", "answer", "left" if part == "answer" else "remainder"}
-    for word, row in sorted(WORDS.items(), key=lambda item: -len(item[1][column])):
-        if word not in skipped:
-            text = re.sub(rf"(?<!\w){re.escape(row[column])}(?!\w)", row[0], text)
-    return text
+    english = {row[column]: row[0] for word, row in WORDS.items() if word not in skipped}
+    words = "|".join(map(re.escape, sorted(english, key=len, reverse=True)))
+    return english, re.compile(rf"(?<!\w)(?:{words})(?!\w)")
+
+
+def in_english(text, column, part):
+    """The words of a part of a worked problem, from the language of the column to English."""
+    english, pattern = foreign_words(column, part)
+    return pattern.sub(lambda match: english[match[0]], text)
 
 
 def read_line(line):
@@ -2937,7 +2943,7 @@ def delete_file(state, name):
 # limited. Programs by models or people whom you do not trust belong in a container or a virtual machine of
 # their own (gVisor, Firecracker).
 SANDBOX = """
-import os, signal, sys, traceback
+import os, sys, _signal  # no other modules: they would take longer than most programs
 
 source = sys.stdin.buffer.read()
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -3007,7 +3013,7 @@ def install():
         raise PermissionError("not allowed here")
 
     for name in ("mkfifo", "mknod", "chroot", "setpriority", "pidfd_send_signal"):  # no hook hears of these
-        for module in (os, sys.modules[os.name], signal, sys.modules["_signal"]):
+        for module in (os, sys.modules[os.name], _signal):
             if hasattr(module, name):
                 setattr(module, name, refused)
     sys.addaudithook(hook)
@@ -3017,10 +3023,13 @@ install()
 try:
     exec(compile(source, "snippet", "exec"), {"__name__": "__main__"})
 except Exception as error:  # told without the frames of this script and of the library
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "snippet"]
-    lines = traceback.format_list(frames) + traceback.format_exception_only(type(error), error)
     print("Traceback (most recent call last):")
-    print(*lines, sep="", end="")
+    step = error.__traceback__
+    while step:
+        if step.tb_frame.f_code.co_filename == "snippet":
+            print(f'  File "snippet", line {step.tb_lineno}, in {step.tb_frame.f_code.co_name}')
+        step = step.tb_next
+    print(f"{type(error).__name__}: {error}")
     sys.exit(1)
 """
 
@@ -5143,9 +5152,11 @@ class Engine:
             rollout.latent = None
 
     def know_prompts(self, batch):
-        """Latents of all but the last token of each prompt that has none, once for all that share it."""
+        """Latents of all but the last token of each prompt that has none, once for all that share it: few at
+        a time and of about one length, since scores of all pairs of many long rows leave the caches."""
         new = {tuple(rollout.ids): None for rollout in batch if rollout.latent is None}
-        for ids in (list(new)[i : i + self.rows] for i in range(0, len(new), self.rows)):
+        order = sorted(new, key=len)
+        for ids in (order[i : i + 64] for i in range(0, len(order), 64)):
             tokens, padding = left_pad(ids, 0, self.model.lm_head.weight.device)
             cache = self.empty_cache(len(ids), tokens.shape[1])
             cache.padding = padding
@@ -5332,7 +5343,7 @@ def gym_critic_dialogs(rng, n, seed):
 class Critic:
     """The model as judge of pairs: reads the odds of A against B, always in both orders."""
 
-    def __init__(self, model, tok, rows=128):
+    def __init__(self, model, tok, rows=32):
         self.model, self.tok, self.rows = model, tok, rows
         self.letters = [tok.encode(letter)[0] for letter in "AB"]
 
@@ -6796,7 +6807,7 @@ def rl(job):
 # ==================================================================================================
 
 
-FINAL_EVAL = 16  # the last validation reads so many times more tokens than those on the way
+FINAL_EVAL = 8  # the last validation reads so many times more tokens than those on the way
 
 
 @torch.no_grad()
@@ -6849,7 +6860,7 @@ def recall(model, tok, entities, batch=96):
 
 
 @torch.no_grad()
-def long_context(model, job, most=8):
+def long_context(model, job, most=4):
     """How well the model reads far back, at 1, 2, 4 ... times the run's length, up to YaRN's (R 2.5):
 
     "lengths"      tokens
@@ -6940,25 +6951,28 @@ SUCCESS = {  # class in the report: kind of task, split of its tools
 }
 
 
-def tool_success(model, job, n, classes=tuple(SUCCESS), at_once=256):
-    """({class: share of n held-out tasks done}, a transcript): one task a dialog, greedy, the built-in judge.
-    A class is a name in SUCCESS, or a pair (kind of task, split of its tools).
+def tool_success(model, job, n, classes=tuple(SUCCESS), budget=96):
+    """({class: share of n held-out tasks done}, a transcript): one task a dialog, greedy, the built-in judge,
+    at most `budget` tokens said (the teacher needs up to 69). A class is a name in SUCCESS, or a pair (kind
+    of task, split of its tools).
 
     Done means: the calls that are needed ran, the state is as it should be, the answer says what it must and
     not what it must not. Tasks and values are new; of the tools, what the class says.
     """
     toolbox, _ = toolbox_of(job.run)
-    was_training, agent, success, transcript = model.training, ModelAgent(model, job.tok), {}, []
-    model.eval()
-    with job.autocast():
-        for name in classes:
-            kind, split = SUCCESS.get(name, name)
-            episodes = [Episode.of(toolbox.scene(f"held out {job.run.seed} {name} {i}", [kind], split), 3)
-                        for i in range(n)]
-            play_all(episodes, agent, at_once)
-            success[name] = sum(verdict_of(episode)["success"] for episode in episodes) / n
-            transcript = transcript or readable(episodes[0].messages)
-    model.train(was_training)
+    engine, success, transcript = Engine(model, job.tok, "held out", budget), {}, []
+    for name in classes:
+        kind, split = SUCCESS.get(name, name)
+        scenes = (toolbox.scene(f"held out {job.run.seed} {name} {i}", [kind], split) for i in range(n))
+        tasks = [ToolUse(scene) for scene in scenes]
+        rollouts = [engine.begin({"domain": "tools"}, [task], [i], 0.0)[0] for i, task in enumerate(tasks)]
+        with job.autocast():
+            engine.play(rollouts)
+        success[name] = sum(rollout.reward for rollout in rollouts) / n
+        if not transcript:
+            transcript, first = readable(tasks[0].episode.messages), rollouts[0]
+            if first.truncated:  # what it was about to say
+                transcript.append(f"assistant: {job.tok.decode(first.ids[first.turn:])} ...")
     return success, transcript
 
 
