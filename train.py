@@ -5566,14 +5566,14 @@ def choose_prompts(job, model, toolbox):
     if not path.exists():
         controller, pool = Controller(model, job, {}, toolbox), {}
         for domain in (*VERIFIABLE, "subjective"):
-            prompts = [{"domain": domain, "seed": f"{run.seed} {run.rl_seed} train {i}"}
+            prompts = [{"domain": domain, "seed": f"{run.seed} {run.rl_seed} train {i}", "passed": 0.5}
                        for i in range(run.rl_pool)]
-            for prompt, group in zip(prompts, play_prompts(controller, prompts, run.rl_pass)):
-                prompt["passed"] = sum(rollout.reward for rollout in group) / len(group)
+            if domain in VERIFIABLE:  # what passes of the rest, no one can tell
+                for prompt, group in zip(prompts, play_prompts(controller, prompts, run.rl_pass)):
+                    prompt["passed"] = sum(rollout.reward for rollout in group) / len(group)
             if domain == "safety":  # what is harmful comes from the attack set
                 prompts = [prompt for prompt in prompts if not environment(prompt).harmful]
-            moderate = [prompt for prompt in prompts if 0 < prompt["passed"] < 1 or domain == "subjective"]
-            pool[domain] = moderate or prompts
+            pool[domain] = [prompt for prompt in prompts if 0 < prompt["passed"] < 1] or prompts
         held_out = [{"domain": domain, "seed": f"{run.seed} held out pair {i}"}
                     for domain in VERIFIABLE[:-1] for i in range(run.rl_pool // 2)]
         pairs = [pair for group in play_prompts(controller, held_out, 4) if (pair := known_order(group))]
