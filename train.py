@@ -335,6 +335,22 @@ def parse_command(argv):
     return command, {**(FAST if command["fast"] else {}), **run}, model
 
 
+LIMITS = (  # fields of the run, what a value has to satisfy, and how that is said
+    ("steps batch_size micro_batch seq_len eval_every eval_tokens save_every long_factor yarn_factor "
+     "chunk_tokens endpoint_parallel tools trajectories sft_steps sft_len tool_tasks rl_steps rl_prompts "
+     "rl_updates rl_budget rl_segment rl_pool rl_pass rl_row rl_tasks ep",
+     lambda value: value >= 1, "be at least 1"),
+    ("rl_samples", lambda value: value >= 2, "be at least 2, to differ from their mean"),
+    ("drill_steps anneal_steps long_steps yarn_steps rephrase_max needles endpoint_retries review warmup "
+     "rl_penalty ptx_weight critic_weight", lambda value: value >= 0, "not be negative"),
+    ("lr sft_lr rl_lr tau_rl rl_temperature rl_temperature_end", lambda value: value > 0, "be positive"),
+    ("flaw_rate fault_rate decay lr_end", lambda value: 0 <= value <= 1, "be between 0 and 1"),
+)
+CHOICES = {"optimizer": ("muonclip", "muon", "adamw"), "device": ("auto", "cpu", "cuda", "mps"),
+           "dtype": ("auto", "fp32", "bf16"), "compile": ("auto", "on", "off"),
+           "rl_objective": ("mirror", "reinforce"), "rl_sampling": ("uniform", "prioritized", "curriculum")}
+
+
 def configure(run_fields, model_fields):
     """RunConfig with the preset's defaults filled in, and the KimiConfig; bad values raise ValueError."""
     run = RunConfig(**run_fields)
@@ -347,43 +363,16 @@ def configure(run_fields, model_fields):
             setattr(run, name, max(20, round(run.steps * share)))
     run.yarn_steps = run.long_steps if run.yarn_steps is None else run.yarn_steps
     run.drill_steps, run.recompute = run.drill_steps or 0, bool(run.recompute)
-    for name in ("steps", "batch_size", "micro_batch", "seq_len", "eval_every", "eval_tokens", "save_every",
-                 "long_factor", "yarn_factor", "chunk_tokens", "endpoint_parallel", "tools", "trajectories",
-                 "sft_steps", "sft_len", "tool_tasks", "rl_steps", "rl_prompts", "rl_updates", "rl_budget",
-                 "rl_pool", "rl_pass", "rl_row", "rl_tasks", "ep"):
-        if getattr(run, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
-    for name in ("drill_steps", "anneal_steps", "long_steps", "yarn_steps", "rephrase_max", "needles",
-                 "endpoint_retries", "review"):
-        if getattr(run, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(run, name)}")
-    for name in ("flaw_rate", "fault_rate"):
-        if not 0 <= getattr(run, name) <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {getattr(run, name)}")
+    for names, allowed, must in LIMITS:
+        for name in names.split():
+            if (value := getattr(run, name)) is not None and not allowed(value):
+                raise ValueError(f"{name} must {must}, got {value}")
+    for name, allowed in CHOICES.items():
+        if getattr(run, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(run, name)!r}")
     for what in ("rewriter", "judge", "agent"):
         if bool(getattr(run, f"{what}_url")) != bool(getattr(run, f"{what}_model")):
             raise ValueError(f"{what}_url and {what}_model belong together, one of them is missing")
-    choices = {"optimizer": ("muonclip", "muon", "adamw"), "device": ("auto", "cpu", "cuda", "mps"),
-               "dtype": ("auto", "fp32", "bf16"), "compile": ("auto", "on", "off"),
-               "rl_objective": ("mirror", "reinforce"),
-               "rl_sampling": ("uniform", "prioritized", "curriculum")}
-    for name, allowed in choices.items():
-        if getattr(run, name) not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(run, name)!r}")
-    if not (0 <= run.decay <= 1 and 0 <= run.lr_end <= 1 and run.lr > 0 and run.warmup >= 0):
-        raise ValueError("decay and lr_end must be between 0 and 1, lr positive, warmup not negative")
-    if not run.sft_lr > 0:
-        raise ValueError(f"sft_lr must be positive, got {run.sft_lr:g}")
-    for name in ("rl_lr", "tau_rl", "rl_temperature", "rl_temperature_end"):
-        if not getattr(run, name) > 0:
-            raise ValueError(f"{name} must be positive, got {getattr(run, name):g}")
-    for name in ("rl_penalty", "ptx_weight", "critic_weight"):
-        if getattr(run, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(run, name):g}")
-    if run.rl_samples < 2:
-        raise ValueError(f"rl_samples must be at least 2, to differ from their mean, got {run.rl_samples}")
-    if run.rl_segment is not None and run.rl_segment < 1:
-        raise ValueError(f"rl_segment must be at least 1, got {run.rl_segment}")
     if unknown := sorted(set(run.rl_weights or ()) - set(TASK_BUDGETS)):
         raise ValueError(f"rl_weights: no domain {', '.join(unknown)}; there are: {', '.join(TASK_BUDGETS)}")
     if not 0 <= run.lr_anneal <= run.lr_end:
