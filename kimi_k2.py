@@ -961,7 +961,7 @@ class MLA(nn.Module):
         k_rope = k_rope.unsqueeze(1).expand(-1, self.H, -1, -1)
         k = torch.cat((k_nope.transpose(1, 2), k_rope), dim=-1)  # (B, H, S, D)
         # written out is faster for short sequences on a CPU, and S_max comes with it
-        short = q.device.type == "cpu" and k.shape[2] <= 256 and q.dtype == torch.float32
+        short = q.device.type == "cpu" and k.shape[2] <= 512 and q.dtype == torch.float32
         by = attend if short and not autocast_dtype(q) else attend_fused
         out, s_max = by(q, k, v.transpose(1, 2), self.scale, mask, record)
         return out.transpose(1, 2).flatten(2), s_max

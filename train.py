@@ -4349,12 +4349,6 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
      '{{"result":{m}}}', "It is {m}."),
     ("Get {a}. Put {b} to {said}.", '{{"name":"{a}"}}\n{{"name":"{b}","value":{n}}}',
      '{{"result":{m}}}\n{{"result":{n}}}', "It is {m}. It is now {n}."),
-    ("Get {a}. Get {b}.", '{{"name":"{a}"}}\n{{"name":"{b}"}}',
-     '{{"result":{m}}}\n{{"result":{p}}}', "It is {m}. It is {p}."),
-    ("Total. Add {said} to {a}.", '{{}}\n{{"name":"{a}","by":{n}}}',
-     '{{"total":{m}}}\n{{"result":{p}}}', "It is {m}. It is now {p}."),
-    ("Find {said}. Highest.", '{{"value":{n}}}\n{{}}',
-     '{{"names":["{a}"]}}\n{{"found":"{b}","result":{p}}}', "I found {a}. It is {b} with {p}."),
     ("I am {who}.", "{who}, hello."),
     ("Put {who} under {a}.", '{{"key":"{a}","value":"{who}"}}', '{{"value":"{who}"}}', "It is {who}."),
     ("What is {said} {sign} {more}?", '{{"a":{n},"b":{p}}}', '{{"result":{m}}}', "It is {m}."),
@@ -6710,10 +6704,48 @@ def sft(job):
     return progress.seconds, facts
 
 
+def beside_rewards(job, step, dialogs, rows, known):
+    """[(batch, weight)] of what an iteration learns beside the objective: the language-modelling loss on
+    dialogs and text (PTX), the critic's loss on fresh pairs of known order, both ways round."""
+    run, ranks = job.run, job.ranks
+    parts = [dialogs.batch(step, rows, job.device, ranks.rows(rows))]
+    if job.data:
+        n = max(1, 2048 // run.seq_len)
+        parts.append(job.data.batch(run.seed, step, n, run.seq_len, job.device, mine=ranks.rows(n)))
+    found = [(part, run.ptx_weight / len(parts)) for part in parts]
+    if known:
+        told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known[:8]
+                for order, best in (((better, worse), "A"), ((worse, better), "B"))]
+        found.append((ranks.mine(padded(told, job.tok, job.device)), run.critic_weight))
+    return [(batch, weight) for batch, weight in found if weight]
+
+
+def examine(job, model, step, critic, examiner, pairs, unchecked):
+    """What RL is measured by: held-out requests, the critic on pairs of known order, bits per byte; all
+    requests in the first step and the last, where the use of tools and the facts join."""
+    run = job.run
+    first, last = step == 0, step == run.rl_steps
+    n = run.rl_tasks if first or last else min(50, run.rl_tasks)
+    with job.autocast():
+        hits = gym_hits(examiner, n)
+        right, bias = accuracy(critic, pairs) if pairs else (0.5, 0.5)
+        style, _ = accuracy(critic, unchecked)
+    row = {"gym": {domain: sum(found) / n for domain, found in hits.items()}}
+    row |= {"critic": right, "critic_style": style, "critic_bias": bias - 0.5}
+    if job.data:
+        row["val_bpb"] = bits_per_byte(model, job, run.eval_tokens)
+    if first or last:
+        row["hits"] = {domain: "".join(map(str, found)) for domain, found in hits.items()}
+    if last:
+        row |= dict(zip(("success", "transcript"), tool_success(model, job, run.tool_tasks)))
+        if job.data and (world := training_world(job.out)):
+            row["recall"] = recall(model, job.tok, world[:: max(1, len(world) // 40)])
+    return row
+
+
 def rl(job):
     """Reinforcement learning on the gym, with the model as its own critic (R 3.2); leaves model_rl/. An
-    iteration plays rollouts and makes `rl_updates` steps with Muon on: the objective, the language-modelling
-    loss on dialogs and text (PTX), the critic's loss on fresh pairs of known order (the closed loop)."""
+    iteration plays rollouts and makes `rl_updates` steps with Muon on the objective and what is beside it."""
     run, ranks = job.run, job.ranks
     job = dataclasses.replace(job, run=dataclasses.replace(
         run, eval_every=max(1, run.rl_steps // 2), save_every=max(1, run.save_every // 10)))
@@ -6743,17 +6775,8 @@ def rl(job):
             groups, known, figures = controller.iteration(step)
         if ranks.many:
             figures["gather_seconds"] = round(seconds, 3)  # of the weights, from shards
-        others = [(dialogs.batch(step, rows, job.device, ranks.rows(rows)), run.ptx_weight)]
-        if job.data:
-            n = max(1, 2048 // run.seq_len)
-            text = job.data.batch(run.seed, step, n, run.seq_len, job.device, mine=ranks.rows(n))
-            others = [(others[0][0], run.ptx_weight / 2), (text, run.ptx_weight / 2)]
-        if known:
-            told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known[:8]
-                    for order, best in (((better, worse), "A"), ((worse, better), "B"))]
-            others.append((ranks.mine(padded(told, job.tok, job.device)), run.critic_weight))
         ids = torch.tensor([i for group in groups for rollout, _ in group for i in rollout.ids])
-        return *ranks.mine((ids,)), groups, [(batch, weight) for batch, weight in others if weight], figures
+        return *ranks.mine((ids,)), groups, beside_rewards(job, step, dialogs, rows, known), figures
 
     def learn(model, opt, job, batch, lr):
         _, groups, others, figures = batch
@@ -6765,22 +6788,7 @@ def rl(job):
         return {**figures, **step, "log_ratio": math.sqrt(drift)}
 
     def evaluate(step, phase):
-        n = run.rl_tasks if step in (0, run.rl_steps) else min(50, run.rl_tasks)
-        with job.autocast():
-            hits = gym_hits(examiner, n)
-            right, bias = accuracy(controller.critic, pairs) if pairs else (0.5, 0.5)
-            style, _ = accuracy(controller.critic, unchecked)
-        row = {"gym": {domain: sum(found) / n for domain, found in hits.items()}}
-        row |= {"critic": right, "critic_style": style, "critic_bias": bias - 0.5}
-        if job.data:
-            row["val_bpb"] = bits_per_byte(twin, job, run.eval_tokens)
-        if step in (0, run.rl_steps):
-            row["hits"] = {domain: "".join(map(str, found)) for domain, found in hits.items()}
-        if step == run.rl_steps:
-            row |= dict(zip(("success", "transcript"), tool_success(twin, job, run.tool_tasks)))
-            if job.data and (world := training_world(job.out)):
-                row["recall"] = recall(twin, job.tok, world[:: max(1, len(world) // 40)])
-        return row
+        return examine(job, twin, step, controller.critic, examiner, pairs, unchecked)
 
     fit("rl", job, model, twin, opt, course, batch_of, evaluate, lambda step: run.rl_lr, learn, controller)
     ranks.save_pretrained(model, job.tok, job.out / "model_rl", job.out / "model")

@@ -30,7 +30,7 @@ def packed(lengths, seed=0):
     return texts, torch.cat(texts, dim=1), document
 
 
-@pytest.mark.parametrize("lengths", [(5, 9, 3), (1, 40), (120, 200, 30)])  # the last: the fused attention
+@pytest.mark.parametrize("lengths", [(5, 9, 3), (1, 40), (220, 300, 30)])  # the last: the fused attention
 def test_a_packed_text_is_read_as_if_it_stood_alone(model, lengths):
     texts, row, document = packed(lengths)
     together = model.hidden(row, document=document).split(lengths, dim=1)
@@ -197,6 +197,41 @@ def test_own_dialogs_are_learned_from_a_base_of_ones_own(finished, tmp_path):
     assert tok.parse(out.tolist())["content"].startswith("gr")  # and not "blue" or "red": it is a small model
     losses = [row["loss"] for row in train.read_metrics(tmp_path / "run") if "loss" in row]
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_success_counts_what_was_done_by_two_ways_of_playing(finished):
+    """A model that was shown the held-out tasks themselves does them, its base does none: and ModelAgent, which
+    reads every turn anew and keeps no cache, does the same to the letter."""
+    saved = json.loads((finished / "config.json").read_text(encoding="utf-8"))
+    settings, cfg = train.configure(saved["run"], saved["model"])
+    model, tok = load_pretrained(finished / "model_base")
+    job = train.Job(settings, cfg, finished, torch.device("cpu"), tok, None)
+    toolbox, _ = train.toolbox_of(settings)
+    classes, n = ("single", "none"), 3
+
+    def episodes(name):
+        kind, split = train.SUCCESS[name]
+        return [train.Episode.of(toolbox.scene(f"held out {settings.seed} {name} {i}", [kind], split), 3)
+                for i in range(n)]
+
+    def by_agent(name):
+        played = episodes(name)
+        train.play_all(played, train.ModelAgent(model, tok, most=96))
+        return played
+
+    assert train.tool_success(model, job, n, classes)[0] == {name: 0 for name in classes}
+    lessons = [episode for name in classes for episode in episodes(name)]
+    train.play_all(lessons, train.Teacher())
+    shown = [{"messages": episode.messages, "tools": episode.gate.declarations()} for episode in lessons]
+    batch = train.padded(shown, tok, "cpu")
+    opt = train.MuonClip(model, lr=1e-2, kind="muon")
+    for _ in range(60):
+        train.train_step(model, opt, job, batch, 1e-2)
+    success, transcript = train.tool_success(model, job, n, classes)
+    assert success == {name: 1 for name in classes}
+    played = [by_agent(name) for name in classes]
+    assert all(train.verdict_of(episode)["success"] for group in played for episode in group)
+    assert transcript == train.readable(played[0][0].messages)
 
 
 def test_what_cannot_be_tuned_is_said_in_a_line(finished, tmp_path):
