@@ -152,7 +152,7 @@ class RunConfig:
     rl_updates: int = 1  # optimizer steps on the answers of an iteration
     rl_budget: int | None = None  # tokens of an answer at most; types of tasks have shares of it
     rl_penalty: float = 0.5  # taken from the reward of an answer that exceeds its budget
-    rl_segment: int | None = None  # tokens of an answer in an iteration, then it pauses; none: it does not
+    rl_segment: int | None = None  # tokens of an answer in an iteration, then it pauses; 0: it never does
     rl_recompute: bool = False  # a paused answer's cache is made anew under the new weights, not kept
     rl_temperature: float = 1.0  # of sampling, in the first iteration
     rl_temperature_end: float = 0.7  # and in the last
@@ -338,11 +338,11 @@ def parse_command(argv):
 LIMITS = (  # fields of the run, what a value has to satisfy, and how that is said
     ("steps batch_size micro_batch seq_len eval_every eval_tokens save_every long_factor yarn_factor "
      "chunk_tokens endpoint_parallel tools trajectories sft_steps sft_len tool_tasks rl_steps rl_prompts "
-     "rl_updates rl_budget rl_segment rl_pool rl_pass rl_row rl_tasks ep",
+     "rl_updates rl_budget rl_pool rl_pass rl_row rl_tasks ep",
      lambda value: value >= 1, "be at least 1"),
     ("rl_samples", lambda value: value >= 2, "be at least 2, to differ from their mean"),
     ("drill_steps anneal_steps long_steps yarn_steps rephrase_max needles endpoint_retries review warmup "
-     "rl_penalty ptx_weight critic_weight", lambda value: value >= 0, "not be negative"),
+     "rl_segment rl_penalty ptx_weight critic_weight", lambda value: value >= 0, "not be negative"),
     ("lr sft_lr rl_lr tau_rl rl_temperature rl_temperature_end", lambda value: value > 0, "be positive"),
     ("flaw_rate fault_rate decay lr_end", lambda value: 0 <= value <= 1, "be between 0 and 1"),
 )
@@ -4349,6 +4349,12 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
      '{{"result":{m}}}', "It is {m}."),
     ("Get {a}. Put {b} to {said}.", '{{"name":"{a}"}}\n{{"name":"{b}","value":{n}}}',
      '{{"result":{m}}}\n{{"result":{n}}}', "It is {m}. It is now {n}."),
+    ("Get {a}. Get {b}.", '{{"name":"{a}"}}\n{{"name":"{b}"}}',
+     '{{"result":{m}}}\n{{"result":{p}}}', "It is {m}. It is {p}."),
+    ("Total. Add {said} to {a}.", '{{}}\n{{"name":"{a}","by":{n}}}',
+     '{{"total":{m}}}\n{{"result":{p}}}', "It is {m}. It is now {p}."),
+    ("Find {said}. Highest.", '{{"value":{n}}}\n{{}}',
+     '{{"names":["{a}"]}}\n{{"found":"{b}","result":{p}}}', "I found {a}. It is {b} with {p}."),
     ("I am {who}.", "{who}, hello."),
     ("Put {who} under {a}.", '{{"key":"{a}","value":"{who}"}}', '{{"value":"{who}"}}', "It is {who}."),
     ("What is {said} {sign} {more}?", '{{"a":{n},"b":{p}}}', '{{"result":{m}}}', "It is {m}."),

@@ -30,7 +30,7 @@ VARIANTS = {
     "without closed loop": {"critic_weight": 0.0},
     "four steps, objective": {"rl_updates": 4},
     "four steps, REINFORCE": {"rl_updates": 4, "rl_objective": "reinforce"},
-    "without partial rollouts": {"rl_segment": None},
+    "without partial rollouts": {"rl_segment": 0},
     "partial, cache recomputed": {"rl_recompute": True},
     "prioritized": {"rl_sampling": "prioritized"},
     "curriculum": {"rl_sampling": "curriculum"},
@@ -80,7 +80,8 @@ def line(name, found):
     if len(found) == 1:
         gains = f"{100 * mean('gain', 'low'):+.1f} to {100 * mean('gain', 'high'):+.1f}"
     cells = [f"{100 * mean('gain', 'mean'):+.1f} ({gains})"]
-    cells += [f"{mean(f'{key}_first'):.2f} - {mean(f'{key}_last'):.2f}" for key in ("reward", "critic")]
+    cells += [f"{mean(f'{key}_first'):.2f} - {mean(f'{key}_last'):.2f}"
+              for key in ("reward", "critic", "critic_style")]
     cells += [f"{mean('length', 0):.1f} - {mean('length', 1):.1f}",
               f"{mean('truncated', 0):.0%} - {mean('truncated', 1):.0%}"]
     forgotten = "val_bpb_after" in found[0]
@@ -110,8 +111,8 @@ def main():
                 facts = measure(args.run, folder, {**common, **VARIANTS[name], "rl_seed": seed})
                 train.write_json(path, facts)
             table.setdefault(name, []).append(json.loads(path.read_text(encoding="utf-8")))
-    print("| variant | gain in points | reward | critic | length | over budget | bits per byte | idle | "
-          "seconds of rollouts |\n" + "|---" * 9 + "|")
+    print("| variant | gain in points | reward | critic, right or wrong | critic, style | length | "
+          "over budget | bits per byte | idle | seconds of rollouts |\n" + "|---" * 10 + "|")
     for name, found in table.items():
         print(line(name, found))
     for name, found in table.items():

@@ -651,14 +651,24 @@ def test_killed_at_random_moments(recipe, finished, tmp_path, seed):
     assert_resumed_is_the_same(out, finished)
 
 
-def test_rollouts_under_way_survive_a_checkpoint(finished):
-    """Every checkpoint's state, through the file and back into a new controller, is the same state."""
-    out = finished
+def controller_parts(out, **changes):
+    """What a Controller of a finished run is made of: model, job, pool of prompts, toolbox."""
     saved = json.loads((out / "config.json").read_text())
-    run, cfg = train.configure(saved["run"], saved["model"])
+    run, cfg = train.configure({**saved["run"], **changes}, saved["model"])
     model, tok = load_pretrained(out / "model_sft")
     job = train.Job(run, cfg, out, torch.device("cpu"), tok, None)
-    pool, _ = train.choose_prompts(job, model, box := train.toolbox_of(run)[0])
+    box = train.toolbox_of(run)[0]
+    return model, job, train.choose_prompts(job, model, box)[0], box
+
+
+def test_a_segment_of_no_tokens_means_that_nothing_pauses(finished):
+    assert train.Controller(*controller_parts(finished, rl_segment=4)).iteration(0)[2]["in_flight"] > 0
+    assert train.Controller(*controller_parts(finished, rl_segment=0)).iteration(0)[2]["in_flight"] == 0
+
+
+def test_rollouts_under_way_survive_a_checkpoint(finished):
+    """Every checkpoint's state, through the file and back into a new controller, is the same state."""
+    model, job, pool, box = controller_parts(finished)
     states = []
     for broken in (False, True):
         controller = train.Controller(model, job, pool, box)
@@ -677,7 +687,7 @@ def test_rollouts_under_way_survive_a_checkpoint(finished):
 
 @pytest.mark.parametrize("flags, message", [
     (("--rl_samples", "1"), "rl_samples"), (("--tau_rl", "0"), "tau_rl"),
-    (("--rl_segment", "0"), "rl_segment"),
+    (("--rl_segment", "-1"), "rl_segment"),
     (("--rl_weights", "maths=1"), "maths"), (("--rl_objective", "ppo"), "rl_objective"),
     (("--ptx_weight", "-1"), "ptx_weight"), (("--rl_sampling", "random"), "rl_sampling")])
 def test_bad_flags_get_one_line(tmp_path, capsys, flags, message):

@@ -200,8 +200,8 @@ def test_own_dialogs_are_learned_from_a_base_of_ones_own(finished, tmp_path):
 
 
 def test_success_counts_what_was_done_by_two_ways_of_playing(finished):
-    """A model that was shown the held-out tasks themselves does them, its base does none: and ModelAgent, which
-    reads every turn anew and keeps no cache, does the same to the letter."""
+    """A model that was shown the held-out tasks themselves does them, its base does none: and ModelAgent,
+    which reads every turn anew and keeps no cache, does the same to the letter."""
     saved = json.loads((finished / "config.json").read_text(encoding="utf-8"))
     settings, cfg = train.configure(saved["run"], saved["model"])
     model, tok = load_pretrained(finished / "model_base")
@@ -225,7 +225,7 @@ def test_success_counts_what_was_done_by_two_ways_of_playing(finished):
     shown = [{"messages": episode.messages, "tools": episode.gate.declarations()} for episode in lessons]
     batch = train.padded(shown, tok, "cpu")
     opt = train.MuonClip(model, lr=1e-2, kind="muon")
-    for _ in range(60):
+    for _ in range(200):
         train.train_step(model, opt, job, batch, 1e-2)
     success, transcript = train.tool_success(model, job, n, classes)
     assert success == {name: 1 for name in classes}
