@@ -6954,10 +6954,10 @@ SUCCESS = {  # class in the report: kind of task, split of its tools
 }
 
 
-def tool_success(model, job, n, classes=tuple(SUCCESS), budget=96):
+def tool_success(model, job, n, classes=tuple(SUCCESS), budget=128):
     """({class: share of n held-out tasks done}, a transcript): one task a dialog, greedy, the built-in judge,
-    at most `budget` tokens said (the teacher needs up to 69). A class is a name in SUCCESS, or a pair (kind
-    of task, split of its tools).
+    at most `budget` tokens said (the teacher needs up to 69 of `tiny`'s). A class is a name in SUCCESS, or a
+    pair (kind of task, split of its tools).
 
     Done means: the calls that are needed ran, the state is as it should be, the answer says what it must and
     not what it must not. Tasks and values are new; of the tools, what the class says.

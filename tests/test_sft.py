@@ -216,7 +216,7 @@ def test_success_counts_what_was_done_by_two_ways_of_playing(finished):
 
     def by_agent(name):
         played = episodes(name)
-        train.play_all(played, train.ModelAgent(model, tok, most=96))
+        train.play_all(played, train.ModelAgent(model, tok, most=128))
         return played
 
     assert train.tool_success(model, job, n, classes)[0] == {name: 0 for name in classes}
@@ -225,8 +225,8 @@ def test_success_counts_what_was_done_by_two_ways_of_playing(finished):
     shown = [{"messages": episode.messages, "tools": episode.gate.declarations()} for episode in lessons]
     batch = train.padded(shown, tok, "cpu")
     opt = train.MuonClip(model, lr=1e-2, kind="muon")
-    for _ in range(200):
-        train.train_step(model, opt, job, batch, 1e-2)
+    for step in range(250):
+        train.train_step(model, opt, job, batch, 1e-2 * (1 - step / 250))
     success, transcript = train.tool_success(model, job, n, classes)
     assert success == {name: 1 for name in classes}
     played = [by_agent(name) for name in classes]
