@@ -2528,6 +2528,7 @@ def tool(domain, description, permission="allow", **fields):
 
 
 def refuse_extremes(arguments):
+    """Raise ToolError for lists, texts and whole numbers of a size that no honest call has."""
     for name, value in arguments.items():
         values = value if isinstance(value, list) else [value]
         if len(values) > 1000:
@@ -2613,6 +2614,7 @@ UNITS = {"length": {"m": 1, "km": 1000, "cm": 0.01, "mm": 0.001, "mile": 1609.34
 
 
 def converter(kind):
+    """The function of a tool that converts between the UNITS of a kind."""
     def convert(state, value, unit, to):
         return {"value": finite(lambda: value * UNITS[kind][unit] / UNITS[kind][to]), "unit": to}
 
@@ -3012,12 +3014,12 @@ install()
 try:
     exec(compile(source, "snippet", "exec"), {"__name__": "__main__"})
 except Exception as error:  # told without the frames of this script and of the library
-    print("Traceback (most recent call last):")
-    step = error.__traceback__
+    step, places = error.__traceback__, []
     while step:
         if step.tb_frame.f_code.co_filename == "snippet":
-            print(f'  File "snippet", line {step.tb_lineno}, in {step.tb_frame.f_code.co_name}')
+            places.append(f'  File "snippet", line {step.tb_lineno}, in {step.tb_frame.f_code.co_name}')
         step = step.tb_next
+    print("Traceback (most recent call last):", *places[-5:], sep="\\n")  # endless recursion has a thousand
     print(f"{type(error).__name__}: {error}")
     sys.exit(1)
 """

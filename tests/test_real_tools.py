@@ -417,6 +417,8 @@ def test_errors_are_told_without_our_paths(state):
     assert "JSONDecodeError" in result["output"] and "/" not in result["output"]
     assert call(state, "run_python", code="raise SystemExit(3)") == {"output": "", "exit": 3}
     assert "SyntaxError" in call(state, "run_python", code="1 +")["output"]
+    endless = call(state, "run_python", code="def f():\n    f()\nf()")["output"].splitlines()
+    assert len(endless) == 7 and endless[-1].startswith("RecursionError")
 
 
 REFUSED = {

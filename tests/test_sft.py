@@ -201,7 +201,7 @@ def test_own_dialogs_are_learned_from_a_base_of_ones_own(finished, tmp_path):
 
 def test_success_counts_what_was_done_by_two_ways_of_playing(finished):
     """A model that was shown the held-out tasks themselves does them, its base does none: and ModelAgent,
-    which reads every turn anew and keeps no cache, does the same to the letter."""
+    which reads every turn anew and keeps no cache, does them too, the first one to the letter."""
     saved = json.loads((finished / "config.json").read_text(encoding="utf-8"))
     settings, cfg = train.configure(saved["run"], saved["model"])
     model, tok = load_pretrained(finished / "model_base")
