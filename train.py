@@ -208,6 +208,9 @@ class RunConfig:
 # Toys train for hundreds of steps, not K2's 231,000, and want a larger learning rate and a faster
 # router bias; no toy reaches logits of 100, so their tau is lower and QK-Clip has something to do.
 # K2: 16,384 sequences of 4,096 tokens make the report's 67 M a step; 15.5 T tokens in all.
+LARGE = dict(tau=100.0, bias_update_rate=1e-3, eval_every=1000, save_every=1000, recompute=True,
+             trajectories=50_000, rl_steps=400, rl_lr=1e-5, rl_prompts=256, rl_samples=16, rl_budget=2048,
+             rl_segment=512, sft_steps=2000, rl_pool=2000)
 RUN_DEFAULTS = {
     "nano": dict(steps=60, drill_steps=10, batch_size=8, seq_len=64, lr=6e-3, warmup=5, tau=10.0,
                  bias_update_rate=1e-2, eval_every=30, eval_tokens=2048, save_every=20, trajectories=100,
@@ -223,27 +226,15 @@ RUN_DEFAULTS = {
                  trajectories=20_000, sft_steps=800, sft_lr=1e-3, sft_len=512,
                  rl_steps=60, rl_lr=1e-4, rl_prompts=64, rl_samples=8, rl_budget=128, rl_segment=64,
                  rl_pool=300),
-    "small": dict(steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200, tau=100.0,
-                  bias_update_rate=1e-3, eval_every=500, eval_tokens=2**19, save_every=500,
-                  trajectories=50_000, sft_steps=1000, sft_lr=3e-4, sft_len=2048,
-                  rl_steps=200, rl_lr=5e-5, rl_prompts=128, rl_samples=16, rl_budget=2048, rl_segment=512,
-                  rl_pool=500),
-    "medium": dict(steps=60_000, batch_size=1024, micro_batch=4, seq_len=4096, lr=5e-4, warmup=500, tau=100.0,
-                   bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**21, save_every=1000,
-                   recompute=True, trajectories=50_000, sft_steps=2000, sft_lr=1e-4, sft_len=4096,
-                   rl_steps=400, rl_lr=2e-5, rl_prompts=256, rl_samples=16, rl_budget=2048, rl_segment=512,
-                   rl_pool=2000),
-    "moonlight": dict(steps=85_000, long_steps=0, yarn_steps=0, batch_size=8192, micro_batch=1, seq_len=8192,
-                      lr=4.2e-4, warmup=2000, tau=100.0, bias_update_rate=1e-3, eval_every=1000,
-                      eval_tokens=2**22, save_every=1000, recompute=True, trajectories=50_000,
-                      sft_steps=2000, sft_lr=2e-5, sft_len=8192,
-                      rl_steps=400, rl_lr=1e-5, rl_prompts=256, rl_samples=16, rl_budget=2048,
-                      rl_segment=512, rl_pool=2000),
-    "k2": dict(steps=230_968, batch_size=16_384, micro_batch=1, seq_len=4096, lr=2e-4, warmup=500,
-               tau=100.0, bias_update_rate=1e-3, eval_every=1000, eval_tokens=2**24, save_every=1000,
-               recompute=True, trajectories=50_000, sft_steps=2000, sft_lr=2e-5, sft_len=32_768,
-               rl_steps=400, rl_lr=1e-5, rl_prompts=512, rl_samples=16, rl_budget=2048, rl_segment=512,
-               rl_pool=5000),
+    "small": dict(LARGE, steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200,
+                  eval_every=500, eval_tokens=2**19, save_every=500, recompute=None, sft_steps=1000,
+                  sft_lr=3e-4, sft_len=2048, rl_steps=200, rl_lr=5e-5, rl_prompts=128, rl_pool=500),
+    "medium": dict(LARGE, steps=60_000, batch_size=1024, micro_batch=4, seq_len=4096, lr=5e-4, warmup=500,
+                   eval_tokens=2**21, sft_lr=1e-4, sft_len=4096, rl_lr=2e-5),
+    "moonlight": dict(LARGE, steps=85_000, long_steps=0, yarn_steps=0, batch_size=8192, micro_batch=1,
+                      seq_len=8192, lr=4.2e-4, warmup=2000, eval_tokens=2**22, sft_lr=2e-5, sft_len=8192),
+    "k2": dict(LARGE, steps=230_968, batch_size=16_384, micro_batch=1, seq_len=4096, lr=2e-4, warmup=500,
+               eval_tokens=2**24, sft_lr=2e-5, sft_len=32_768, rl_prompts=512, rl_pool=5000),
 }
 
 FAST = dict(preset="nano", max_documents=40, steps=20, drill_steps=5, eval_every=20, save_every=20,
@@ -280,17 +271,19 @@ def comments_of(cls):
 
 def value_of(text, kind):
     """A flag's text as its field's type; `none` where the field may be None."""
-    options = typing.get_args(kind) or (kind,)
-    if text.lower() == "none" and types.NoneType in options:
+    (base, *none), word = typing.get_args(kind) or (kind,), text.lower()
+    if none and word == "none":
         return None
-    base = next(option for option in options if option is not types.NoneType)
-    if base is bool:
-        return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[text.lower()]
-    if base is dict and not text.startswith("{"):
-        return {key: float(number) for key, number in (pair.split("=") for pair in text.split(","))}
-    if base is int:
-        return int(float(text)) if re.fullmatch(r"\d+e\d+", text) else int(text)
-    return json.loads(text) if base is dict else base(text)
+    try:
+        if base is bool:
+            return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[word]
+        if base is dict and text.startswith("{"):
+            return json.loads(text)
+        if base is dict:
+            return {key: float(number) for key, number in (pair.split("=") for pair in text.split(","))}
+        return int(float(text)) if base is int and re.fullmatch(r"\d+e\d+", text) else base(text)
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no {base.__name__}") from None
 
 
 def build_parser():
@@ -298,41 +291,30 @@ def build_parser():
     parser = OneLineParser("train.py", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="?", choices=STAGES, help="one stage alone; none: all of them")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue --out with the settings it began with"
-    )
-    parser.add_argument(
-        "--fast", action="store_true", help="the nano model and a few steps: a first look in seconds"
-    )
-    parser.add_argument("--plan", action="store_true", help="print what the run costs and leave")
-    parser.add_argument("--dry_run", action="store_true",
-                        help="a step of one of --world ranks without memory: shapes, collectives, bytes")
+    for flag, text in (
+        ("resume", "continue --out with the settings it began with"),
+        ("fast", "the nano model and a few steps: a first look in seconds"),
+        ("plan", "print what the run costs and leave"),
+        ("dry_run", "a step of one of --world ranks without memory: shapes, collectives, bytes"),
+    ):
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
     for cls, title in ((RunConfig, "the run"), (KimiConfig, "the model: any field overrides the preset")):
         group, comments = parser.add_argument_group(title), comments_of(cls)
         for field in dataclasses.fields(cls):
             default = "" if field.default is None or cls is KimiConfig else f" (default {field.default})"
-            group.add_argument(f"--{field.name}", type=lambda text, kind=field.type: _flag_value(text, kind),
+            group.add_argument(f"--{field.name}", type=functools.partial(value_of, kind=field.type),
                                default=argparse.SUPPRESS, metavar=field.name.upper(),
                                help=(comments[field.name] + default).replace("%", "%%"))
     return parser
 
 
-def _flag_value(text, kind):
-    try:
-        return value_of(text, kind)
-    except (ValueError, KeyError):
-        name = getattr(kind, "__name__", str(kind))
-        raise argparse.ArgumentTypeError(f"{text!r} is no {name}") from None
-
-
 def parse_command(argv):
-    """(stage or None, flags of the command itself, run fields given, model fields given)."""
+    """(flags of the command itself, run fields given, model fields given)."""
     given = vars(build_parser().parse_args(argv))
     command = {key: given.pop(key) for key in ("stage", "resume", "fast", "plan", "dry_run")}
-    run_names = {field.name for field in dataclasses.fields(RunConfig)}
-    run = {key: value for key, value in given.items() if key in run_names}
-    model = {key: value for key, value in given.items() if key not in run_names}
-    return command, {**(FAST if command["fast"] else {}), **run}, model
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    run = {name: given.pop(name) for name in names if name in given}
+    return command, {**(FAST if command["fast"] else {}), **run}, given
 
 
 LIMITS = (  # fields of the run, what a value has to satisfy, and how that is said
@@ -467,8 +449,9 @@ def plan(run, cfg):
     if run.world and run.world % run.ep:
         raise ValueError(f"ep {run.ep} must divide world {run.world}")
     world, ep = (run.world, run.ep) if run.world else smallest_world(run, cfg)
-    yield from (*plan_model(cfg), "", *plan_run(run, cfg, world), "", *plan_memory(run, cfg, world, ep), "",
-                *plan_serving(run, cfg))
+    course = phases(run, cfg, types.SimpleNamespace(weights={}, anneal_weights={}))
+    yield from (*plan_model(cfg), "", *plan_run(run, cfg, world, course), "",
+                *plan_memory(run, cfg, world, ep, course), "", *plan_serving(run, cfg))
 
 
 def plan_model(cfg):
@@ -480,12 +463,12 @@ def plan_model(cfg):
     yield line("cache", f"{n.cache_bytes_per_token():,} B a token in bf16")
 
 
-def plan_run(run, cfg, world):
+def plan_run(run, cfg, world, course):
     """FLOPs of each phase; then hours, energy and money for all of them."""
     n, total, flops = count_parameters(cfg), 0, 0
     yield line("phase", "length", "steps", "tokens", "FLOPs a token", "hours")
     speed = world * run.mfu * run.gpu_tflops * 1e12
-    for phase in phases(run, cfg, types.SimpleNamespace(weights={}, anneal_weights={})):
+    for phase in course:
         tokens, each = (phase.end - phase.start) * phase.rows * phase.seq_len, n.train_flops(phase.seq_len)
         total, flops = total + tokens, flops + tokens * each
         yield line("  " + phase.name, f"{phase.seq_len:,}", f"{phase.end - phase.start:,}",
@@ -499,24 +482,24 @@ def plan_run(run, cfg, world):
     yield line("cost", f"${world * hours * run.gpu_hour:,.2f} at ${run.gpu_hour:g} a GPU hour")
 
 
-def plan_memory(run, cfg, world, ep):
+def plan_memory(run, cfg, world, ep, course):
     """Ours for rows of the lengths that are trained and reached; on many GPUs the report's beside it."""
     n, GiB = count_parameters(cfg), 2**30
-    course = phases(run, cfg, types.SimpleNamespace(weights={}, anneal_weights={}))
     lengths = sorted({*(phase.seq_len for phase in course), course[-1].context[0]})
-    ours = [gpu_memory(run, cfg, world, ep, length) for length in lengths]
-    report = n.training_bytes(weight=2 / 256, gradient=4 / 256, state=4 / 256)
-    replicas = max(1, world // 256)  # fp32 weights are the optimizer's there
-    report["optimizer"] = (report["optimizer"] + report["gradients"]) / replicas
-    total = [sum(parts.values()) / GiB for parts in (*ours, report)]
-    table = [("GiB of the fullest GPU", *(f"{length:,} tokens" for length in lengths), "report's layout")]
-    table += [("  " + part, *(f"{parts[part] / GiB:,.2f}" if part in parts else ""
-                              for parts in (*ours, report))) for part in ours[0]]
-    table += [("  all", *(f"{size:,.2f}" for size in total)),
-              (f"  90 % of {run.gpu_gib:g}", *("fits" if size < 0.9 * run.gpu_gib else "does not fit"
-                                               for size in total))]
-    for row in table:
-        yield line(*row if world > 1 else row[: 1 + len(lengths)])
+    columns = {f"{length:,} tokens": gpu_memory(run, cfg, world, ep, length) for length in lengths}
+    if world > 1:
+        report = n.training_bytes(weight=2 / 256, gradient=4 / 256, state=4 / 256)
+        replicas = max(1, world // 256)  # fp32 weights are the optimizer's there
+        report["optimizer"] = (report["optimizer"] + report["gradients"]) / replicas
+        columns["report's layout"] = report
+    yield line("GiB of the fullest GPU", *columns)
+    for part in ("weights", "gradients", "optimizer", "gathered", "activations"):
+        yield line("  " + part, *(f"{column[part] / GiB:,.2f}" if part in column else ""
+                                  for column in columns.values()))
+    total = [sum(column.values()) / GiB for column in columns.values()]
+    yield line("  all", *(f"{size:,.2f}" for size in total))
+    yield line(f"  90 % of {run.gpu_gib:g}", *("fits" if size < 0.9 * run.gpu_gib else "does not fit"
+                                               for size in total))
     yield line("ours", f"{world:,} GPUs, ep {ep}, dp {world // ep}; fp32 states in shares; "
                f"{'blocks recomputed' if run.recompute else 'nothing recomputed'}, no offload")
     if world == 1:
@@ -546,8 +529,8 @@ def plan_serving(run, cfg):
     yield line("serving", f"{gpus} GPUs, {run.serve_bytes:g} B a weight: {weights / GiB:,.2f} GiB of "
                f"{run.gpu_gib:g} on each; a user's cache is on one")
     yield line("  context", "GiB a user", "users", "tokens/s a user", "tokens/s, all", "$ rented a M")
-    for length in sorted({min(4096, cfg.max_position_embeddings), min(32_768, cfg.max_position_embeddings),
-                          cfg.max_position_embeddings}):
+    most = cfg.max_position_embeddings
+    for length in sorted({min(4096, most), min(32_768, most), most}):
         cache = n.cache_bytes_per_token() * length
         users = int(max(0, room - weights) // cache)  # on each GPU
         if users:
