@@ -72,6 +72,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -5579,10 +5580,10 @@ def padded(dialogs, tok, device):
 
 def wsd(step, run):
     """Learning rate of a step, as k2's schedule shaped by the fields of the run."""
-    decay_steps = max(1, round(run.steps * run.decay))
+    decay_steps = round(run.steps * run.decay)
     if step < run.warmup:
         return run.lr * (step + 1) / run.warmup
-    if step < run.steps - decay_steps or (step < run.steps and not run.decay):
+    if step < run.steps - decay_steps:
         return run.lr
     if step < run.steps:
         return cosine(run.lr, run.lr * run.lr_end, (step - (run.steps - decay_steps)) / decay_steps)
@@ -5602,13 +5603,18 @@ class Phase:
     name: str
     start: int
     end: int  # first step of the next phase
-    rows: int
-    seq_len: int
-    weights: dict  # of the domains
-    context: tuple  # what KimiK2.set_context gets: length, YaRN or None
-    bias_update_rate: float
+    rows: int = 0
+    seq_len: int = 0
+    weights: dict = dataclasses.field(default_factory=dict)  # of the domains
+    context: tuple | None = None  # what KimiK2.set_context gets: length, YaRN or None; none: as it is
+    bias_update_rate: float = 0.0
     before: dict | None = None  # weights from which it comes, and in how many steps
     fade: int = 0
+
+    def enter(self, model, opt):
+        if self.context:
+            model.set_context(*self.context)
+        opt.bias_update_rate = self.bias_update_rate
 
     def weights_at(self, step):
         """Weights of the domains at a step: they go evenly from those before to its own."""
@@ -5700,10 +5706,9 @@ class Ranks:
     def many(self):
         return self.size > 1
 
-    def rows(self, n, rank=None):
+    def rows(self, n):
         """Numbers of the rows, of n in a batch, that are mine."""
-        rank = self.rank if rank is None else rank
-        return range(n * rank // self.size, n * (rank + 1) // self.size)
+        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def mine(self, tensors):
         """My rows of the tensors of a batch that every rank has in whole."""
@@ -5950,6 +5955,8 @@ class ExpertParallel(Experts):
         experts.__class__, experts.group = cls, mesh.get_group()
 
     def forward(self, x_NC, chosen_NK, weights_NK):
+        from torch.distributed._functional_collectives import all_to_all_single_autograd as all_to_all
+
         (N, C), K, ep = x_NC.shape, chosen_NK.shape[1], self.group.size()
         E = ep * len(self.gate_proj)
         expert, visit = chosen_NK.flatten().sort(stable=True)
@@ -5961,24 +5968,16 @@ class ExpertParallel(Experts):
         token, x_NC = visit // K, x_NC.to(autocast_dtype(x_NC) or x_NC.dtype)
         weights = weights_NK.flatten()[visit].unsqueeze(1).to(x_NC.dtype)
         rows = torch.cat((x_NC.index_select(0, token), weights), dim=1)
-        rows = all_to_all(rows, there, here, self.group)  # (M, C + 1)
+        rows = all_to_all(rows, here, there, self.group)  # (M, C + 1)
         mine = torch.arange(E // ep, device=load.device).repeat(ep)
         mine = mine.repeat_interleave(coming, output_size=sum(here))  # which of my experts each is for
         y, _ = super().forward(rows[:, :C], mine.unsqueeze(1), rows[:, C:])
-        y = all_to_all(y, here, there, self.group)
+        y = all_to_all(y, there, here, self.group)
         return torch.zeros(N, C, dtype=y.dtype, device=y.device).index_add(0, token, y), load
 
     def split_sizes(self, load):
         """Visits to or from each rank, as Python's numbers: the sizes of messages."""
         return load.view(self.group.size(), -1).sum(dim=1).tolist()
-
-
-def all_to_all(rows, there, here, group):
-    """Send the first there[0] rows to rank 0, the next to rank 1 ...; here[r] come from rank r. Gradients go
-    the other way."""
-    from torch.distributed._functional_collectives import all_to_all_single_autograd
-
-    return all_to_all_single_autograd(rows, here, there, group)
 
 
 class ShardedMuonClip(MuonClip):
@@ -6082,14 +6081,20 @@ class Progress:
     max_logit: float = -math.inf  # the largest S_max of the run
     ever_clipped: torch.Tensor | None = None  # (L, H) bool
 
+    def count(self, opt, tokens):
+        """A step is done. Returns how many heads it clipped."""
+        clipped = opt.max_logits > (opt.tau if opt.clip else math.inf)
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        self.max_logit = max(self.max_logit, opt.max_logits.max().item())
+        self.ever_clipped = self.ever_clipped | clipped
+        return int(clipped.sum())
+
 
 def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this PyTorch finds no CUDA device")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this PyTorch finds no Apple GPU")
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind in found if found[kind]) if name == "auto" else name
+    if not found[name]:
+        raise UserError(f"--device {name}: this PyTorch finds no such device")
     number = os.environ.get("LOCAL_RANK") if name == "cuda" else None  # torchrun's
     if number is not None:
         torch.cuda.set_device(int(number))
@@ -6132,15 +6137,19 @@ class Checkpoints:
         return sorted((path for path in self.folder.glob(f"{self.stage}_*") if path.suffix != ".tmp"),
                       reverse=True)
 
+    def tensors(self, model, opt):
+        """All tensors of a model and its optimizer by name, each the part that this rank holds."""
+        found = {f"model.{name}": tensor for name, tensor in self.ranks.state(model).items()}
+        for number, p in enumerate(parameters(opt)):
+            for key, value in opt.state[p].items():
+                found[f"optimizer.{number}.{key}"] = (
+                    value.view(1) if key == "step" else self.ranks.globally(value, opt.parameter_of(p)))
+        return found
+
     def save(self, model, opt, progress, keep=None):
         kept = keep.state_dict() if keep else {"facts": None, "tensors": {}}
-        tensors = {f"model.{name}": tensor for name, tensor in self.ranks.state(model).items()}
-        for number, p in enumerate(p for group in opt.param_groups for p in group["params"]):
-            for key, value in opt.state[p].items():
-                whole = value.view(1) if key == "step" else self.ranks.globally(value, opt.parameter_of(p))
-                tensors[f"optimizer.{number}.{key}"] = whole
+        tensors = self.tensors(model, opt) | {"ever_clipped": progress.ever_clipped}
         tensors |= {f"keep.{name}": tensor for name, tensor in kept["tensors"].items()}
-        tensors["ever_clipped"] = progress.ever_clipped
         facts = {**dataclasses.asdict(progress), "ever_clipped": None, "max_logit": str(progress.max_logit)}
         path = self.folder / f"{self.stage}_{progress.step:08d}"
         temporary = path.with_name(path.name + ".tmp")
@@ -6158,7 +6167,7 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def load(self, model, opt, keep=None):
-        """Restore the newest checkpoint that is sound; Progress() if there is none."""
+        """Restore the newest checkpoint that is sound; a new Progress if there is none."""
         paths = self.paths()
         for path in paths:
             try:
@@ -6173,45 +6182,40 @@ class Checkpoints:
             raise UserError(
                 f"no checkpoint in {self.folder} can be read; delete that folder to start this stage again"
             )
-        return Progress()
+        return Progress(ever_clipped=torch.zeros_like(opt.max_logits, dtype=torch.bool))
 
     def _load(self, path, model, opt, keep):
         """Memory is made for the optimizer's state, under the names and shapes that the files have."""
         saved = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-        sizes, device, ranks = self.ranks.sizes(path), opt.max_logits.device, self.ranks
-        tensors = {f"model.{name}": tensor for name, tensor in ranks.state(model).items()}
-        tensors |= {name: torch.empty(size, dtype=dtype, device=device)
-                    for name, (size, dtype) in sizes.items()
-                    if name == "ever_clipped" or name.startswith("keep.")}
-        states = [(p, {}) for group in opt.param_groups for p in group["params"]]
-        for name in (name for name in sizes if name.startswith("optimizer.")):
-            _, number, key = name.split(".")
-            p, state = states[int(number)]
-            state[key] = torch.empty(1, device=device) if key == "step" else torch.empty_like(p)
-            tensors[name] = state[key] if key == "step" else ranks.globally(state[key], opt.parameter_of(p))
-            state[key] = state[key].view(() if key == "step" else p.shape)
-        ranks.read(tensors, path)
-        for p, state in states:
-            opt.state[p] = state
+        device, params, others = opt.max_logits.device, parameters(opt), {}
+        opt.state.clear()
+        for name, (size, dtype) in self.ranks.sizes(path).items():
+            part, _, rest = name.partition(".")
+            if part == "optimizer":
+                number, key = rest.split(".")
+                p = params[int(number)]
+                opt.state[p][key] = torch.zeros((), device=device) if key == "step" else torch.empty_like(p)
+            elif part != "model":
+                others[name] = torch.empty(size, dtype=dtype, device=device)
+        self.ranks.read(self.tensors(model, opt) | others, path)
+        clipped = others.pop("ever_clipped")
         if keep:
-            keep.load_state_dict({"facts": saved["keep"], "tensors": {
-                name.removeprefix("keep."): t for name, t in tensors.items() if name.startswith("keep.")}})
+            tensors = {name.removeprefix("keep."): tensor for name, tensor in others.items()}
+            keep.load_state_dict({"facts": saved["keep"], "tensors": tensors})
         facts = {**saved["progress"], "max_logit": float(saved["progress"]["max_logit"])}
-        return Progress(**{**facts, "ever_clipped": tensors["ever_clipped"]})
+        return Progress(**{**facts, "ever_clipped": clipped})
 
 
-class Metrics:
-    """metrics.jsonl: a JSON object per step; what lies after the resumed step is cut off first."""
+def parameters(opt):
+    """What an optimizer updates, in its order."""
+    return [p for group in opt.param_groups for p in group["params"]]
 
-    def __init__(self, out, stage, step):
-        self.path = out / "metrics.jsonl"
-        kept = [row for row in read_metrics(out) if row["stage"] != stage or row["step"] < step]
-        with atomic(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
-    def write(self, row):
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+def cut_metrics(out, stage, step):
+    """metrics.jsonl has a JSON object per step; those of a stage from a step on will come anew."""
+    kept = [row for row in read_metrics(out) if row["stage"] != stage or row["step"] < step]
+    with atomic(out / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def read_metrics(out):
@@ -6223,28 +6227,28 @@ def read_metrics(out):
     return rows
 
 
-class StopOnSignal:
-    """Ctrl-C or SIGTERM asks for a stop at the end of the step; a second one stops at once. Not so under
+@contextlib.contextmanager
+def stop_on_signal(ranks):
+    """Gives a list, empty until Ctrl-C or SIGTERM asks for a stop; a second one stops at once. Not so under
     torchrun: it passes on what the terminal has sent to all of us, and sees to the end itself."""
+    asked, before = [], {}
 
-    def __init__(self, ranks):
-        self.ranks = ranks
-
-    def __enter__(self):
-        self.wanted, self.before = False, {}
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.ask)
-        return self
-
-    def ask(self, number, frame):
-        self.wanted = True
-        if not self.ranks.many:
-            self.__exit__()
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
+    def restore():
+        for number, handler in before.items():
             signal.signal(number, handler)
+
+    def ask(number, frame):
+        asked.append(number)
+        if not ranks.many:
+            restore()
+
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        restore()
 
 
 def accumulate(model, job, batch, weight=1.0):
@@ -6292,7 +6296,7 @@ def update(model, opt, job, loss, lr):
     opt.zero_grad()
     load = opt.expert_load / opt.expert_load.mean(dim=1, keepdim=True).clamp(min=1)
     return {"loss": loss, "grad_norm": grad_norm, "s_max": opt.max_logits.max().item(),
-            "expert_load_max": [round(v, 3) for v in load.amax(dim=1).tolist()], "load": load}
+            "expert_load_max": [round(v, 3) for v in load.amax(dim=1).tolist()]}
 
 
 def train_step(model, opt, job, batch, lr):
@@ -6317,76 +6321,72 @@ def stop_if_broken(model, loss, grad_norm):
     )
 
 
+MODELS = {"pretrain": "model_base", "sft": "model_sft", "rl": "model_rl"}  # what a stage leaves
+
+
 def fit(stage, job, model, twin, opt, course, batch_of, evaluate, lr_of, learn=train_step, keep=None):
-    """Train through a course of phases from the last checkpoint. `batch_of(step, phase)` gives (tokens,
-    targets), of its rows those of this rank, `lr_of(step)` the learning rate, `evaluate(step, phase)` a
-    dictionary for the log, before the first step of each phase in the state the last one left, on the first
-    rank, while `twin` has the model's weights. `learn` makes a step of a batch; `keep` is what else a
-    checkpoint has to hold, by `state_dict` and `load_state_dict`. Returns the Progress; exact under kill and
-    resume."""
+    """Train through a course of phases from the last checkpoint, exact under kill and resume; export the
+    model. Returns the Progress and the stage's rows of the log.
+
+    `batch_of(step, phase)` gives (tokens, targets), of its rows those of this rank; `lr_of(step)` the
+    learning rate; `learn` makes a step of a batch; `evaluate(step, phase)` measures on the first rank while
+    `twin` has the model's weights, at the end of a phase too; `keep` is what else a checkpoint holds.
+    """
     run, ranks, steps = job.run, job.ranks, course[-1].end
     checkpoints = Checkpoints(job.out, stage, ranks)
-
-    def enter(step):
-        phase = next(phase for phase in course if step < phase.end)
-        model.set_context(*phase.context)
-        opt.bias_update_rate = phase.bias_update_rate
-        return phase
-
     progress = checkpoints.load(model, opt, keep)
-    if progress.ever_clipped is None:
-        progress.ever_clipped = torch.zeros_like(opt.max_logits, dtype=torch.bool)
-    metrics, started = Metrics(job.out, stage, progress.step) if ranks.first else None, progress.step
+    started = progress.step
+    if ranks.first:
+        cut_metrics(job.out, stage, started)
+    phase = next(phase for phase in course if started - 1 < phase.end)
+    phase.enter(model.train(), opt)
     bar = tqdm(total=steps, initial=started, desc=stage, unit="step", disable=None if ranks.first else True)
-    model.train()
-    phase = enter(max(0, started - 1))
-    with StopOnSignal(ranks) as stop:
+    with bar, stop_on_signal(ranks) as asked:
         for step in range(started, steps + 1):
-            last, row, clock = step == steps, {"stage": stage, "step": step}, time.perf_counter()
-            if last or step == phase.end or step % run.eval_every == 0:
+            row, clock = {"stage": stage, "step": step}, time.perf_counter()
+            if step in (phase.end, steps) or step % run.eval_every == 0:
                 with ranks.whole(model, twin):
                     if ranks.first:
                         row |= evaluate(step, phase)
                         plot_run(job.out, stage)
                         tqdm.write(f"{stage} {step}/{steps} " + describe(row))
-            stopping = ranks.sum(int(stop.wanted)) > 0  # all at the same step
-            if step > started and (last or stopping or step % run.save_every == 0):
+            stopping = step == steps or ranks.sum(len(asked)) > 0  # all at the same step
+            if step > started and (stopping or step % run.save_every == 0):
                 checkpoints.save(model, opt, progress, keep)
-            if last or stopping:
-                if ranks.first:
-                    metrics.write(row)
-                progress.seconds += time.perf_counter() - clock
-                break
-            if step == phase.end:
-                phase = enter(step)
-            lr, began = lr_of(step), time.perf_counter()
-            try:
-                batch = batch_of(step, phase)
-                figures = learn(model, opt, job, batch, lr)
-            except Broken as error:
-                raise UserError(f"{stage} stopped at step {step}: {error}. "
-                                f"The last good checkpoint is in {checkpoints.folder}") from None
-            load, tokens = figures.pop("load"), ranks.sum(batch[0].numel())
-            now = time.perf_counter()
-            clipped = opt.max_logits > opt.tau if opt.clip else torch.zeros_like(progress.ever_clipped)
-            progress = Progress(
-                step + 1, progress.tokens + tokens, progress.seconds + now - clock,
-                max(progress.max_logit, figures["s_max"]), progress.ever_clipped | clipped,
-            )
-            row |= {"phase": phase.name, "tokens": progress.tokens, "lr": lr,
-                    "tok_s": round(tokens / (now - began)), "clipped_heads": int(clipped.sum()), **figures}
-            if step % run.eval_every == 0:
-                row |= {"s_max_heads": opt.max_logits.tolist(), "expert_load": load.tolist()}
+            if not stopping:
+                if step == phase.end:
+                    phase = course[course.index(phase) + 1]
+                    phase.enter(model, opt)
+                row |= advance(job, model, opt, progress, phase, batch_of, lr_of(step), learn)
+                bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=row["tok_s"], refresh=False)
+                bar.update()
             if ranks.first:
-                metrics.write(row)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=row["tok_s"], refresh=False)
-            bar.update()
-    bar.close()
+                with open(job.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            progress.seconds += time.perf_counter() - clock
+            if stopping:
+                break
     ranks.wait()  # for the last line of the log
     if progress.step < steps:
         raise UserError(f"stopped and saved at step {progress.step}; go on with: "
                         f"python train.py --resume --out {job.out}")
-    return progress
+    ranks.save_pretrained(model, job.tok, job.out / MODELS[stage], job.out / "model")
+    return progress, [row for row in read_metrics(job.out) if row["stage"] == stage]
+
+
+def advance(job, model, opt, progress, phase, batch_of, lr, learn):
+    """A step, counted in `progress`. Returns its row of the log."""
+    began = time.perf_counter()
+    batch = batch_of(progress.step, phase)
+    try:
+        figures = learn(model, opt, job, batch, lr)
+    except Broken as error:
+        raise UserError(f"stopped at step {progress.step}: {error}. "
+                        f"The last good checkpoint is in {job.out / 'ckpt'}") from None
+    tokens = job.ranks.sum(batch[0].numel())
+    clipped = progress.count(opt, tokens)
+    return {"phase": phase.name, "tokens": progress.tokens, "lr": lr,
+            "tok_s": round(tokens / (time.perf_counter() - began)), "clipped_heads": clipped, **figures}
 
 
 def describe(row):
@@ -6595,11 +6595,7 @@ def pretrain(job):
     torch.manual_seed(run.seed)
     with job.device:
         model = job.ranks.build(job.cfg)
-    model.recompute = run.recompute
-    twin, opt = job.ranks.twin(model), job.ranks.optimizer(
-        model, lr=run.lr, weight_decay=run.weight_decay, momentum=run.momentum, tau=run.tau,
-        kind=run.optimizer)
-    compile_blocks(model, job)
+    twin, opt = job.ranks.twin(model), learner(job, model, lr=run.lr, tau=run.tau, kind=run.optimizer)
 
     def batch_of(step, phase):
         return job.data.batch(run.seed, step, phase.rows, phase.seq_len, job.device,
@@ -6616,30 +6612,54 @@ def pretrain(job):
             row["recall"] = recall(twin, job.tok, world)
         return row
 
-    progress = fit("pretrain", job, model, twin, opt, course, batch_of, evaluate, lambda step: wsd(step, run))
-    job.ranks.save_pretrained(model, job.tok, job.out / "model_base", job.out / "model")
-    final = read_metrics(job.out)[-1]
+    progress, rows = fit("pretrain", job, model, twin, opt, course, batch_of, evaluate,
+                         lambda step: wsd(step, run))
     facts = {"pretrain": {
-        "tokens": progress.tokens, "val_bpb": final["val_bpb"], "max_logit": progress.max_logit,
+        "tokens": progress.tokens, "val_bpb": rows[-1]["val_bpb"], "max_logit": progress.max_logit,
         "clipped_heads": progress.ever_clipped.float().mean().item()}}
-    rows = [row["long_context"] for row in read_metrics(job.out) if row.get("long_context", {}).get("bpb")]
-    if rows:
-        factors = [f"{length // run.seq_len}x" for length in rows[-1]["lengths"]]
-        facts |= {"long_context": dict(zip(factors, rows[-1]["bpb"])),
-                  "needle": dict(zip(factors, rows[-1]["needle"]))}
-    if "recall" in final:
-        facts["recall"] = {"base": final["recall"]["all"]}
-    return progress.seconds, facts
+    if measured := long_contexts(rows):
+        factors = [f"{length // run.seq_len}x" for length in measured[-1]["lengths"]]
+        facts |= {"long_context": dict(zip(factors, measured[-1]["bpb"])),
+                  "needle": dict(zip(factors, measured[-1]["needle"]))}
+    return progress.seconds, {**facts, "recall": recalled(rows, "base")}
+
+
+def learner(job, model, **settings):
+    """The optimizer of a stage; the model's blocks are compiled where that pays."""
+    model.recompute = job.run.recompute
+    opt = job.ranks.optimizer(model, weight_decay=job.run.weight_decay, momentum=job.run.momentum, **settings)
+    compile_blocks(model, job)
+    return opt
+
+
+def model_before(job, stage, before):
+    """Where a stage starts: the model that the one before left in this run, else that of --base."""
+    own = job.out / MODELS[before]
+    folder = Path(job.run.base) if job.run.base and not own.exists() else own
+    if not (folder / "config.json").exists():
+        raise UserError(f"{stage}: no model in {folder}; run the {before} stage first, or give --base FOLDER")
+    return load_pretrained(folder, job.device, shard=job.ranks.shard)[0]
+
+
+def what_it_knows(model, job, facts_too):
+    """Bits per byte of validation text, and the facts of about 40 entities, where there are such."""
+    row = {"val_bpb": bits_per_byte(model, job, job.run.eval_tokens)} if job.data else {}
+    if row and facts_too and (world := training_world(job.out)):
+        row["recall"] = recall(model, job.tok, world[:: max(1, len(world) // 40)])
+    return row
+
+
+def recalled(rows, name):
+    """{name of a model: share of the facts it recalled at the end of its stage}, {} where none were asked."""
+    return {name: rows[-1]["recall"]["all"]} if "recall" in rows[-1] else {}
 
 
 def tools(job):
     """Tools, dialogs with them, and their filter (R 3.1.1)."""
     began = time.perf_counter()
     about = make_trajectories(job.run, job.tok, job.out)
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes elsewhere
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else math.nan
     print(f"{about['specs']:,} tools in {about['seconds_evolving']:.1f} s, {about['accepted']:,} of "
-          f"{about['trajectories']:,} dialogs kept, {most:.2f} GiB at most")
+          f"{about['trajectories']:,} dialogs kept")
     facts = {key: about[key] for key in ("specs", "trajectories", "accepted")}
     return time.perf_counter() - began, {"tools": facts}
 
@@ -6648,50 +6668,34 @@ def sft(job):
     """Fine-tuning on dialogs with Muon, as the report does (R 3.1); leaves model_sft/. QK-Clip is not
     mentioned after pretraining. The use of tools is measured before and after."""
     run = job.run
-    base = Path(run.base) if run.base else job.out / "model_base"
-    if not (base / "config.json").exists():
-        raise UserError(f"sft: no model in {base}; run the pretrain stage first, or give --base FOLDER")
     torch.manual_seed(run.seed)
-    model, _ = load_pretrained(base, job.device, shard=job.ranks.shard)
-    model.recompute = run.recompute
+    model = model_before(job, "sft", "pretrain")
     rows = max(1, run.batch_size * run.seq_len // run.sft_len)
     dialogs = Dialogs(sft_sources(job), job.tok, run.sft_weights, run.seed, rows * run.sft_steps, run.sft_len)
     if dialogs.cut and job.ranks.first:
         print(f"note: {dialogs.cut} dialogs are longer than --sft_len {run.sft_len} and were cut")
-    twin, opt = job.ranks.twin(model), job.ranks.optimizer(
-        model, lr=run.sft_lr, weight_decay=run.weight_decay, momentum=run.momentum, kind="muon")
-    compile_blocks(model, job)
-    context = model.cfg.max_position_embeddings, model.cfg.rope_scaling
-    course = [Phase("sft", 0, run.sft_steps, rows, run.sft_len, {}, context, 0.0)]
+    twin, opt = job.ranks.twin(model), learner(job, model, lr=run.sft_lr, kind="muon")
+
+    def batch_of(step, phase):
+        return dialogs.batch(step, rows, job.device, job.ranks.rows(rows))
 
     def evaluate(step, phase):
         if 0 < step < run.sft_steps:
             few = ("single", "new_tool", "new_domain")
             return {"success": tool_success(twin, job, min(50, run.tool_tasks), few)[0]}
         row = dict(zip(("success", "transcript"), tool_success(twin, job, run.tool_tasks)))
-        if job.data:
-            row["val_bpb"] = bits_per_byte(twin, job, run.eval_tokens)
-            if step and (world := training_world(job.out)):
-                row["recall"] = recall(twin, job.tok, world[:: max(1, len(world) // 40)])
-        return row
+        return row | what_it_knows(twin, job, facts_too=step > 0)
 
     schedule = dataclasses.replace(run, steps=run.sft_steps, lr=run.sft_lr, decay=0.5,
                                    warmup=min(10, run.sft_steps // 5))
-
-    def batch_of(step, phase):
-        return dialogs.batch(step, rows, job.device, job.ranks.rows(rows))
-
-    progress = fit("sft", job, model, twin, opt, course, batch_of, evaluate, lambda step: wsd(step, schedule))
-    job.ranks.save_pretrained(model, job.tok, job.out / "model_sft", job.out / "model")
-    measured = [row for row in read_metrics(job.out) if row["stage"] == "sft" and "success" in row]
-    first, final = measured[0], measured[-1]
+    progress, log = fit("sft", job, model, twin, opt, [Phase("sft", 0, run.sft_steps)], batch_of, evaluate,
+                        lambda step: wsd(step, schedule))
+    first, final = log[0], log[-1]
     facts = {"success": {"base": first["success"], "sft": final["success"]},
-             "transcript": final["transcript"],
+             "transcript": final["transcript"], "recall": recalled(log, "sft"),
              "sft": {"tokens": progress.tokens, "dialogs": len(dialogs.dialogs)}}
     if "val_bpb" in final:
         facts["sft"] |= {"val_bpb_before": first["val_bpb"], "val_bpb": final["val_bpb"]}
-    if "recall" in final:
-        facts["recall"] = {"sft": final["recall"]["all"]}
     return progress.seconds, facts
 
 
@@ -6723,14 +6727,11 @@ def examine(job, model, step, critic, examiner, pairs, unchecked):
         style, _ = accuracy(critic, unchecked)
     row = {"gym": {domain: sum(found) / n for domain, found in hits.items()}}
     row |= {"critic": right, "critic_style": style, "critic_bias": bias - 0.5}
-    if job.data:
-        row["val_bpb"] = bits_per_byte(model, job, run.eval_tokens)
+    row |= what_it_knows(model, job, facts_too=last)
     if first or last:
         row["hits"] = {domain: "".join(map(str, found)) for domain, found in hits.items()}
     if last:
         row |= dict(zip(("success", "transcript"), tool_success(model, job, run.tool_tasks)))
-        if job.data and (world := training_world(job.out)):
-            row["recall"] = recall(model, job.tok, world[:: max(1, len(world) // 40)])
     return row
 
 
@@ -6740,13 +6741,8 @@ def rl(job):
     run, ranks = job.run, job.ranks
     job = dataclasses.replace(job, run=dataclasses.replace(
         run, eval_every=max(1, run.rl_steps // 2), save_every=max(1, run.save_every // 10)))
-    own = job.out / "model_sft"
-    start = Path(run.base) if run.base and not own.exists() else own
-    if not (start / "config.json").exists():
-        raise UserError(f"rl: no model in {start}; run the sft stage first, or give --base FOLDER")
     began = time.perf_counter()
-    model, _ = load_pretrained(start, job.device, shard=ranks.shard)
-    model.recompute = run.recompute
+    model = model_before(job, "rl", "sft")
     toolbox, twin = toolbox_of(run)[0], ranks.twin(model)
     with job.autocast(), ranks.whole(model, twin), ranks.one_by_one():
         pool, pairs = choose_prompts(job, twin, toolbox)
@@ -6754,12 +6750,8 @@ def rl(job):
     rows = max(1, 2048 // run.sft_len)
     sources = {name: dialogs[:400] for name, dialogs in sft_sources(job).items()}
     dialogs = Dialogs(sources, job.tok, run.sft_weights, run.seed, rows * run.rl_steps, run.sft_len)
-    opt = ranks.optimizer(model, lr=run.rl_lr, weight_decay=run.weight_decay, momentum=run.momentum,
-                          kind="muon")
-    compile_blocks(model, job)
+    opt = learner(job, model, lr=run.rl_lr, kind="muon")
     controller, examiner = Controller(twin, job, pool, toolbox), Controller(twin, job, {}, toolbox)
-    context = model.cfg.max_position_embeddings, model.cfg.rope_scaling
-    course = [Phase("rl", 0, run.rl_steps, 0, 0, {}, context, 0.0)]
 
     def batch_of(step, phase):
         with job.autocast(), ranks.whole(model, twin, everywhere=True) as seconds:
@@ -6781,13 +6773,10 @@ def rl(job):
     def evaluate(step, phase):
         return examine(job, twin, step, controller.critic, examiner, pairs, unchecked)
 
-    fit("rl", job, model, twin, opt, course, batch_of, evaluate, lambda step: run.rl_lr, learn, controller)
-    ranks.save_pretrained(model, job.tok, job.out / "model_rl", job.out / "model")
-    rows = [row for row in read_metrics(job.out) if row["stage"] == "rl"]
-    final, facts = rows[-1], {"rl": rl_facts(rows, run.rl_tasks), "success": {"rl": rows[-1]["success"]}}
-    if "recall" in final:
-        facts["recall"] = {"rl": final["recall"]["all"]}
-    return time.perf_counter() - began, facts
+    _, log = fit("rl", job, model, twin, opt, [Phase("rl", 0, run.rl_steps)], batch_of, evaluate,
+                 lambda step: run.rl_lr, learn, controller)
+    return time.perf_counter() - began, {"rl": rl_facts(log, run.rl_tasks), "recall": recalled(log, "rl"),
+                                         "success": {"rl": log[-1]["success"]}}
 
 
 # ==================================================================================================
@@ -6805,10 +6794,8 @@ def bits_per_byte(model, job, n_tokens):
     The nats of all targets, document ends included, over the bytes that the targets stand for: a
     figure that does not depend on the tokenizer. What is not learned is no target.
     """
-    run, result, was_training = job.run, {}, model.training
-    n_bytes = torch.tensor(job.tok.token_bytes(), device=job.device)
-    model.eval()
-    for domain in sorted(domain for domain, split in job.data.ids if split == "val"):
+    run, result, n_bytes = job.run, {}, torch.tensor(job.tok.token_bytes(), device=job.device)
+    for domain in held_out(job):
         nats, size = 0.0, 0
         parts = (part.to(job.device) for part in job.data.validation(domain, n_tokens, run.seq_len))
         for tokens, targets in zip(*(part.split(run.micro_batch) for part in parts)):
@@ -6818,8 +6805,12 @@ def bits_per_byte(model, job, n_tokens):
             nats += loss.item() * len(asked)
             size += n_bytes[asked].sum().item()
         result[domain] = nats / math.log(2) / max(size, 1)
-    model.train(was_training)
     return result
+
+
+def held_out(job):
+    """{domain: ids of its validation text}."""
+    return {domain: job.data.ids[domain, split] for domain, split in sorted(job.data.ids) if split == "val"}
 
 
 @torch.no_grad()
@@ -6828,20 +6819,15 @@ def recall(model, tok, entities, batch=96):
 
     "probes" is by wording (PROBES), "by_fact" by kind and fact. A leading article does not count.
     """
-    probes, hits = recall_probes(entities), []
+    probes, hits, by_fact = recall_probes(entities), [], collections.defaultdict(list)
     prompts = [[tok.special["[BOS]"], *tok.encode(prompt)] for _, _, prompt, _ in probes]
     room = 2 + max(len(tok.encode(" " + answer)) for *_, answer in probes)
-    was_training = model.training
-    model.eval()
     for i in range(0, len(prompts), batch):
         rows = prompts[i : i + batch]
-        for prompt, out, (*_, answer) in zip(rows, model.generate(rows, room, 0.0), probes[i:]):
+        for prompt, out, (kind, fact, _, answer) in zip(rows, model.generate(rows, room, 0.0), probes[i:]):
             text = re.sub(r"^\W*(?:(?:the|a|an)\b\s*)?", "", tok.decode(out[len(prompt):].tolist()))
             hits.append(bool(re.match(re.escape(answer.removeprefix("the ")) + r"(?!\w)", text)))
-    model.train(was_training)
-    by_fact = {}
-    for (kind, fact, *_), hit in zip(probes, hits):
-        by_fact.setdefault(f"{kind}.{fact}", []).append(hit)
+            by_fact[f"{kind}.{fact}"].append(hits[-1])
     n = len(PROBES)
     return {"all": sum(hits) / len(hits), "probes": [sum(hits[i::n]) * n / len(hits) for i in range(n)],
             "by_fact": {key: sum(values) / len(values) for key, values in by_fact.items()}}
@@ -6856,11 +6842,9 @@ def long_context(model, job, most=4):
     "by_position"  bits per byte at positions [0, 1x), [1x, 2x), [2x, 4x) ... of the longest window
     "needle"       share of the needles found, see `needle_accuracy`
     """
-    run, was_training = job.run, model.training
+    run, n_bytes = job.run, torch.tensor(job.tok.token_bytes(), device=job.device)
     lengths = [run.seq_len * 2**i for i in range(1 + round(math.log2(run.yarn_factor)))]
     rows = long_documents(job, lengths[-1], most)
-    n_bytes = torch.tensor(job.tok.token_bytes(), device=job.device)
-    model.eval()
     result = {"lengths": lengths, "bpb": [], "by_position": [], "needle": []}
     for length in lengths if rows else ():
         nats, size = torch.zeros(2, length, dtype=torch.float64, device=job.device)
@@ -6872,24 +6856,22 @@ def long_context(model, job, most=4):
                 targets = window[:, 1:]
                 nats += F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none").sum(0)
                 size += n_bytes[targets].sum(0)
-        bits = nats / math.log(2)
-        late = slice(length * 3 // 4, None)
+        late, bits = slice(length * 3 // 4, None), nats / math.log(2)
         result["bpb"].append((bits[late].sum() / size[late].sum()).item())
     if rows:
-        for start, end in zip([0, *lengths[:-1]], lengths):
-            result["by_position"].append((bits[start:end].sum() / size[start:end].sum()).item())
-    generator = random.Random(f"needles {run.seed}")
+        result["by_position"] = [(bits[start:end].sum() / size[start:end].sum()).item()
+                                 for start, end in zip([0, *lengths], lengths)]
     if run.needles:
-        result["needle"] = [needle_accuracy(model, job, length, run.needles, generator) for length in lengths]
-    model.train(was_training)
+        rng = random.Random(f"needles {run.seed}")
+        result["needle"] = [needle_accuracy(model, job, length, run.needles, rng) for length in lengths]
     return result
 
 
 def long_documents(job, length, most):
     """The first length + 1 ids of at most `most` validation documents that have so many."""
     rows, bos = [], job.tok.special["[BOS]"]
-    for domain in sorted(domain for domain, split in job.data.ids if split == "val"):
-        ids = np.asarray(job.data.ids[domain, "val"]).astype(np.int64)
+    for ids in held_out(job).values():
+        ids = np.asarray(ids).astype(np.int64)
         starts = np.append(np.flatnonzero(ids == bos), len(ids))
         rows += [torch.from_numpy(ids[start : start + length + 1]) for start, end in zip(starts, starts[1:])
                  if end - start > length]
@@ -6900,8 +6882,7 @@ def needle_accuracy(model, job, length, n, rng):
     """Share of n needles found in texts of `length` tokens. A needle is a sentence on an invented person's
     home, put somewhere into validation text; at the end it begins again, and the home must be likelier, by
     log-probability, than nine other invented names. Chance: a tenth."""
-    tok, hits = job.tok, 0
-    hay = np.concatenate([job.data.ids[key] for key in sorted(job.data.ids) if key[1] == "val"])
+    tok, hits, hay = job.tok, 0, np.concatenate(list(held_out(job).values()))
     for _ in range(n):
         seen = set()
         who, homes = new_name(rng, seen, "@ @"), [new_name(rng, seen) for _ in range(10)]
@@ -6921,15 +6902,14 @@ def needle_accuracy(model, job, length, n, rng):
 def candidate_scores(model, prompt, candidates):
     """Log-probability of each continuation (a list of ids) of a prompt, (n,); the prompt is read once."""
     device, n = model.lm_head.weight.device, len(candidates)
-    sizes = torch.tensor([[len(ids)] for ids in candidates], device=device)
-    width = int(sizes.max())
-    block = torch.tensor([ids + [0] * (width - len(ids)) for ids in candidates], device=device)  # (n, width)
+    block = pad_sequence([torch.tensor(ids) for ids in candidates], True).to(device)  # (n, width)
+    said = torch.arange(block.shape[1]) < torch.tensor([[len(ids)] for ids in candidates])
     cache = LatentCache(model.cfg, 1, device=device, dtype=autocast_dtype(model.lm_head.weight))
     first, _ = model(torch.tensor([prompt], device=device), cache=cache)
     rest, _ = model(block, cache=cache.select([0] * n))
     logits = torch.cat((first[:, -1:].expand(n, -1, -1), rest[:, :-1]), dim=1).float()  # (n, width, V)
     scores = -F.cross_entropy(logits.transpose(1, 2), block, reduction="none")
-    return (scores * (torch.arange(width, device=device) < sizes)).sum(1)
+    return (scores * said.to(device)).sum(1)
 
 
 SUCCESS = {  # class in the report: kind of task, split of its tools
@@ -6976,13 +6956,13 @@ def gym_hits(controller, n):
 def paired_gain(before, after, seed=0, draws=2000):
     """{"mean", "low", "high"} of the gain, the mean over domains, with its 95 % interval by bootstrap over
     prompts; before and after are {domain: "0101..."} of the same prompts."""
-    rng, gains = np.random.default_rng(seed), np.zeros(draws)
+    rng, gains, means = np.random.default_rng(seed), np.zeros(draws), []
     for domain in before:
         change = np.array(list(map(int, after[domain]))) - np.array(list(map(int, before[domain])))
         gains += change[rng.integers(len(change), size=(draws, len(change)))].mean(axis=1) / len(before)
-    mean = sum((after[d].count("1") - before[d].count("1")) / len(before[d]) for d in before) / len(before)
+        means.append(change.mean().item())
     low, high = np.quantile(gains, (0.025, 0.975)).tolist()
-    return {"mean": mean, "low": low, "high": high}
+    return {"mean": sum(means) / len(means), "low": low, "high": high}
 
 
 def rl_facts(rows, n):
@@ -6993,13 +6973,10 @@ def rl_facts(rows, n):
     facts = {"domains": {name: {"sft": share, "rl": last["gym"][name], "n": n}
                          for name, share in first["gym"].items()}}
     facts["gain"] = paired_gain(first["hits"], last["hits"])
-    facts["gain_by_domain"] = {name: paired_gain({name: found}, {name: last["hits"][name]})
-                               for name, found in first["hits"].items()}
     for when, part in (("first", trained[:tenth]), ("last", trained[-tenth:])):
         facts[f"reward_{when}"] = sum(row["reward"] for row in part) / len(part)
-    facts |= {"critic_first": first["critic"], "critic_last": last["critic"],
-              "critic_style_first": first["critic_style"], "critic_style_last": last["critic_style"],
-              "position_bias_first": first["critic_bias"], "position_bias_last": last["critic_bias"]}
+    for when, row in (("first", first), ("last", last)):
+        facts |= {f"critic_{when}": row["critic"], f"critic_style_{when}": row["critic_style"]}
     if "val_bpb" in first:
         for when, row in (("before", first), ("after", last)):
             facts[f"val_bpb_{when}"] = sum(row["val_bpb"].values()) / len(row["val_bpb"])
@@ -7012,19 +6989,15 @@ def training_world(out):
     if not path.exists():
         return []
     with open(path, encoding="utf-8") as file:
-        articles = [
-            doc["text"] for doc in map(json.loads, file) if doc["split"] == "train" and "style" not in doc
-        ]
-    return [entity for text in articles for entity in read_articles(text)]
+        return [entity for doc in map(json.loads, file) if doc["split"] == "train" and "style" not in doc
+                for entity in read_articles(doc["text"])]
 
 
 def sample_text(model, job, step, n_tokens=48):
     """A continuation of a validation text, another domain each time, to read while it trains."""
-    domains = sorted(domain for domain, split in job.data.ids if split == "val")
-    domain = domains[step // job.run.eval_every % len(domains)]
-    prompt = torch.from_numpy(np.asarray(job.data.ids[domain, "val"][:24]).astype(np.int64))[None].to(
-        job.device
-    )
+    texts = list(held_out(job).items())
+    domain, text = texts[step // job.run.eval_every % len(texts)]
+    prompt = torch.tensor(text[:24].tolist(), device=job.device)[None]
     generator = torch.Generator(job.device).manual_seed(job.run.seed)
     with job.autocast():
         ids = model.generate(prompt, n_tokens, 0.6, stop=job.tok.special["[EOS]"], generator=generator)[0]
@@ -7047,6 +7020,13 @@ def figure(out, name, *panels, heights=(1,), width=6.4, below=True):
         picture.savefig(temporary, format="png", dpi=110)
 
 
+def curve(axes, rows, key, name=None, scale=1, **how):
+    """row[key] by step, or of its entries the one that has this name, of the rows that have it."""
+    points = [(row["step"], row[key] if name is None else row[key].get(name)) for row in rows if key in row]
+    if points := [(step, scale * value) for step, value in points if value is not None]:
+        axes.plot(*zip(*points), **{"lw": 0.9, "label": name, **how})
+
+
 def plot_run(out, stage):
     """figures/*.png of a stage from metrics.jsonl, as far as it goes."""
     rows = [row for row in read_metrics(out) if row["stage"] == stage]
@@ -7059,41 +7039,33 @@ def plot_run(out, stage):
 
 def plot_pretraining(out, rows):
     """Loss and validation, the largest logit, expert load."""
-    run = json.loads((out / "config.json").read_text(encoding="utf-8"))["run"]
-    trained = [row for row in rows if "loss" in row]
-    steps, step = [row["step"] for row in trained], "optimizer step"
-
-    def schedule(axes):
-        axes.plot(steps, [row["lr"] for row in trained], color="black", lw=1)
+    tau = json.loads((out / "config.json").read_text(encoding="utf-8"))["run"]["tau"]
+    trained, step = [row for row in rows if "loss" in row], "optimizer step"
 
     def loss(axes):
-        axes.plot(steps, [row["loss"] for row in trained], lw=0.8, label="training loss (nats a token)")
-        evaluated = [row for row in rows if row.get("val_bpb")]
-        for domain in evaluated[0]["val_bpb"] if evaluated else ():
-            x, y = zip(*((row["step"], row["val_bpb"][domain]) for row in evaluated))
-            axes.plot(x, y, marker="o", ms=3, label=f"{domain} (bits per byte)")
+        curve(axes, rows, "loss", lw=0.8, label="training loss (nats a token)")
+        for domain in next((row["val_bpb"] for row in rows if row.get("val_bpb")), ()):
+            curve(axes, rows, "val_bpb", domain, marker="o", ms=3, lw=1.5, label=f"{domain} (bits per byte)")
         for before, row in zip(trained, trained[1:]):
             if before["phase"] != row["phase"]:
                 axes.axvline(row["step"], color="grey", lw=0.7, ls=":")
-                axes.annotate(
-                    row["phase"], (row["step"], axes.get_ylim()[1]), rotation=90, va="top", fontsize=7
-                )
+                axes.annotate(row["phase"], (row["step"], axes.get_ylim()[1]), rotation=90, va="top",
+                              fontsize=7)
 
     def max_logit(axes):
-        axes.plot(steps, [row["s_max"] for row in trained], lw=0.9, label="largest S_max, before the clip")
-        axes.axhline(run["tau"], color="black", ls="--", lw=0.9, label=f"tau = {run['tau']:g}")
+        curve(axes, rows, "s_max", label="largest S_max, before the clip")
+        axes.axhline(tau, color="black", ls="--", lw=0.9, label=f"tau = {tau:g}")
         axes.set_yscale("log")
 
     def load(axes):
-        layers = len(trained[0]["expert_load_max"])
-        for layer in range(layers):
-            values = [row["expert_load_max"][layer] for row in trained]
-            axes.plot(
-                steps, values, lw=0.8, color=f"{0.75 * layer / layers:.2f}", label=f"MoE layer {layer + 1}"
-            )
+        layers = list(zip(*(row["expert_load_max"] for row in trained)))
+        for n, values in enumerate(layers):
+            axes.plot([row["step"] for row in trained], values, lw=0.8, color=f"{0.75 * n / len(layers):.2f}",
+                      label=f"MoE layer {n + 1}")
         axes.axhline(1, color="tab:blue", ls="--", lw=0.9, label="perfect balance")
 
-    figure(out, "loss", ("Learning rate, and loss unsmoothed", "", "lr", schedule),
+    figure(out, "loss", ("Learning rate, and loss unsmoothed", "", "lr",
+                         lambda axes: curve(axes, rows, "lr", color="black", lw=1)),
            ("", step, "nats a token, bits per byte", loss), heights=(1, 4))
     figure(out, "max_logit", ("Largest attention logit of a step, unclamped", step, "S_max", max_logit))
     if trained[0]["expert_load_max"]:
@@ -7121,20 +7093,13 @@ def plot_long_context(out, measured):
 
 def plot_tuning(out, rows):
     """Loss of fine-tuning, and the use of tools: along it, and before and after by class."""
-    measured = [(row["step"], row["success"]) for row in rows if "success" in row]
-
-    def loss(axes):
-        x, y = zip(*((row["step"], row["loss"]) for row in rows if "loss" in row))
-        axes.plot(x, y, lw=0.8)
-
     def appearing(axes):
         for name in ("single", "new_tool", "new_domain"):
-            x, y = zip(*((step, success[name]) for step, success in measured))
-            axes.plot(x, y, marker="o", ms=3, label=name)
+            curve(axes, rows, "success", name, marker="o", ms=3, lw=1.5)
         axes.set_ylim(0, 1)
 
     def tasks(axes):
-        whole = [success for _, success in measured if len(success) == len(SUCCESS)]
+        whole = [row["success"] for row in rows if len(row.get("success", ())) == len(SUCCESS)]
         for i, (success, label) in enumerate(zip(whole, ("before", "after"))):
             places = np.arange(len(success)) + 0.4 * i
             axes.bar(places, list(success.values()), 0.4, label=f"{label} fine-tuning")
@@ -7142,39 +7107,33 @@ def plot_tuning(out, rows):
         axes.set_ylim(0, 1)
 
     step = "optimizer step"
-    figure(out, "tools", ("Fine-tuning, loss unsmoothed", step, "nats a token of the assistant", loss),
+    figure(out, "tools", ("Fine-tuning, loss unsmoothed", step, "nats a token of the assistant",
+                          lambda axes: curve(axes, rows, "loss", lw=0.8)),
            ("One call, by what is known of the tool", step, "share done", appearing),
            ("Held-out tasks with tools", "", "share done", tasks), width=13, below=False)
 
 
 def plot_rl(out, rows):
     """Rewards by domain, held-out success, length and truncation, the critic."""
-    trained, measured = [row for row in rows if "reward" in row], [row for row in rows if "gym" in row]
     colours = {domain: f"C{number}" for number, domain in enumerate(TASK_BUDGETS)}
 
-    def curve(axes, found, key, name=None, scale=1, **how):
-        points = [(row["step"], row[key] if name is None else row[key].get(name)) for row in found]
-        x, y = zip(*((step, scale * value) for step, value in points if value is not None))
-        axes.plot(x, y, **{"lw": 0.9, "label": name, **how})
-
-    def rewards(axes):
-        for domain in sorted({domain for row in trained for domain in row["rewards"]}):
-            curve(axes, trained, "rewards", domain, color=colours[domain])
+    def by_domain(axes, key, **how):
+        for domain, colour in colours.items():
+            curve(axes, rows, key, domain, color=colour, **how)
         axes.set_ylim(0, 1)
 
     def success(axes):
-        for domain in measured[0]["gym"]:
-            curve(axes, measured, "gym", domain, marker="o", ms=3, color=colours[domain])
-        curve(axes, measured, "critic", color="black", ls=":", label="critic, tasks with a checker")
-        curve(axes, measured, "critic_style", color="black", ls="--", label="critic, tasks without")
-        axes.set_ylim(0, 1)
+        by_domain(axes, "gym", marker="o", ms=3)
+        curve(axes, rows, "critic", color="black", ls=":", label="critic, tasks with a checker")
+        curve(axes, rows, "critic_style", color="black", ls="--", label="critic, tasks without")
 
     def length(axes):
-        curve(axes, trained, "length", label="tokens of an answer")
-        curve(axes, trained, "truncated", scale=100, label="over budget, %")
-        curve(axes, trained, "idle", scale=100, label="waiting for the longest, %")
+        curve(axes, rows, "length", label="tokens of an answer")
+        curve(axes, rows, "truncated", scale=100, label="over budget, %")
+        curve(axes, rows, "idle", scale=100, label="waiting for the longest, %")
 
-    figure(out, "rl", ("Rewards of rollouts", "iteration", "mean", rewards),
+    figure(out, "rl",
+           ("Rewards of rollouts", "iteration", "mean", functools.partial(by_domain, key="rewards")),
            ("Held-out requests, greedy", "iteration", "share right", success),
            ("Budget", "iteration", "", length), width=13, below=False)
 
@@ -7197,23 +7156,18 @@ def write_report(job, stage, seconds, facts):
     facts = {**known, **head, **{key: value for key, value in facts.items() if value}}
     write_json(job.out / "report.json", facts)
     plot_run(job.out, stage)
-    rows = read_metrics(job.out)
-    table = claims(job, facts, rows)
+    rows = [row for row in read_metrics(job.out) if row["stage"] == "pretrain"]
     lines = [f"# Run {job.out.name}: {job.run.preset}, seed {job.run.seed}, on {job.device}", "",
              f"{count_parameters(job.cfg).total:,} parameters. Seconds: "
              + ", ".join(f"{name} {spent:.0f}" for name, spent in times.items()) + ".", ""]
     if "pretrain" in facts:
-        lines += ["| validation text | bits per byte |", "|---|---|"]
-        lines += [f"| {domain} | {value:.3f} |" for domain, value in facts["pretrain"]["val_bpb"].items()]
-        lines += [""]
-    lines += ["| the report claims | this run measured |", "|---|---|",
-              *(f"| {claim} | {figure} |" for claim, figure in table), ""]
-    measured = [row["long_context"] for row in rows if row.get("long_context", {}).get("bpb")]
-    lines += long_context_table(job, measured) + success_table(job, facts)
-    recalled = [row["recall"] for row in rows if "recall" in row and row["stage"] == "pretrain"]
-    if recalled:
-        lines += ["| fact | recalled before fine-tuning |", "|---|---|",
-                  *(f"| {fact} | {share:.0%} |" for fact, share in recalled[-1]["by_fact"].items()), ""]
+        lines += table(("validation text", "bits per byte"),
+                       ((domain, f"{value:.3f}") for domain, value in facts["pretrain"]["val_bpb"].items()))
+    lines += table(("the report claims", "this run measured"), claims(job, facts, rows))
+    lines += long_context_table(job, long_contexts(rows)) + success_table(job, facts)
+    if rows and "recall" in rows[-1]:
+        lines += table(("fact", "recalled before fine-tuning"),
+                       ((fact, f"{share:.0%}") for fact, share in rows[-1]["recall"]["by_fact"].items()))
     lines += [
         *(f"![{path.stem}](figures/{path.name})" for path in sorted((job.out / "figures").glob("*.png"))), "",
         "Rerun: `python train.py --out NEW_FOLDER` with the settings of config.json.", "",
@@ -7222,11 +7176,21 @@ def write_report(job, stage, seconds, facts):
         temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
+def table(head, rows):
+    """Lines of a table in Markdown, and an empty one."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
+
+
+def long_contexts(rows):
+    """What `long_context` measured before and after YaRN, where there were documents of such length."""
+    return [row["long_context"] for row in rows if row.get("long_context", {}).get("bpb")]
+
+
 def claims(job, facts, rows):
     """[(what the report says and where, what this run measured)]."""
     table = []
-    trained = [row for row in rows if "loss" in row and row["stage"] == "pretrain"]
-    if trained:
+    if trained := [row for row in rows if "loss" in row]:
         p = facts["pretrain"]
         same = [(a, b) for a, b in zip(trained, trained[1:]) if a["phase"] == b["phase"]]
         worst = max((b["loss"] - a["loss"] for a, b in same), default=0.0)
@@ -7249,8 +7213,7 @@ def claims(job, facts, rows):
         shares = ", ".join(f"{share:.1%} ({stage})" for stage, share in recalled.items())
         table.append(("knowledge is learned from rephrasings (R 2.2)",
                       f"of the invented world's facts recalled, in words never seen: {shares}"))
-    measured = [row["long_context"] for row in rows if row.get("long_context", {}).get("bpb")]
-    if len(measured) == 2:
+    if len(measured := long_contexts(rows)) == 2:
         before, after = (figures["bpb"][-1] for figures in measured)
         table.append(("YaRN extends 32 k to 128 k tokens (R 2.5)",
                       f"{measured[1]['lengths'][-1]:,} tokens: {before:.3f} bits per byte before, "
@@ -7291,62 +7254,58 @@ def rl_claims(facts):
 
 def success_table(job, facts):
     """Lines of a table: held-out tasks with tools that were done, by class and model, and one dialog."""
-    success = facts.get("success")
-    if not success:
+    if not (success := facts.get("success")):
         return []
-    lines = ["| held-out tasks with tools | " + " | ".join(success) + " |", "|---" * (1 + len(success)) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{shares[name]:.1%}" for shares in success.values()) + " |"
-              for name in SUCCESS]
-    return [*lines, "", f"{job.run.tool_tasks} tasks a class, judged on state and answer. A dialog, as it "
-            "came:", "", *(f"> {line}  " for line in facts["transcript"]), ""]
+    return [*table(("held-out tasks with tools", *success), (
+                (name, *(f"{shares[name]:.1%}" for shares in success.values())) for name in SUCCESS)),
+            f"{job.run.tool_tasks} tasks a class, judged on state and answer. A dialog, as it came:", "",
+            *(f"> {line}  " for line in facts["transcript"]), ""]
 
 
 def long_context_table(job, measured):
     """Lines of a table: bits per byte and needles by length, before and after YaRN."""
     if not measured:
         return []
-    heads = [f"{what} {figures['when']}" for figures in measured for what in ("bits per byte", "needles")]
-    lines = ["| tokens | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
-    for i, length in enumerate(measured[0]["lengths"]):
-        cells = [f"{length // job.run.seq_len}x, {length:,}"]
-        for figures in measured:
-            cells += [f"{figures['bpb'][i]:.3f}", f"{figures['needle'][i]:.0%}" if figures["needle"] else "-"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", "Bits per byte over the last quarter of windows of the same validation documents; "
-            f"{job.run.needles} needles a length, each among nine distractors (chance: 10 %).", ""]
+    heads, rows = ["tokens"], [[f"{n // job.run.seq_len}x, {n:,}"] for n in measured[0]["lengths"]]
+    for found in measured:
+        heads += [f"bits per byte {found['when']}", f"needles {found['when']}"]
+        for row, bpb, share in itertools.zip_longest(rows, found["bpb"], found["needle"]):
+            row += [f"{bpb:.3f}", "-" if share is None else f"{share:.0%}"]
+    return [*table(heads, rows), "Bits per byte over the last quarter of windows of the same validation "
+            f"documents; {job.run.needles} needles a length, each among nine distractors (chance: 10 %).", ""]
 
 
 def open_run(run_fields, model_fields, resume):
     """(RunConfig, KimiConfig) of the folder, which is made, continued, or refused if it differs."""
     out = Path(run_fields.get("out", RunConfig.out))
     path = out / "config.json"
-    if path.exists():
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            before = {**saved["run"], **saved["model"]}
-        except (ValueError, KeyError):
-            raise UserError(f"{path} is no run's configuration; choose another --out") from None
+    if not path.exists():
         if resume:
-            keep = {key: value for key, value in saved["run"].items() if key not in MACHINE_FIELDS}
-            run, cfg = configure({**keep, **run_fields}, {**saved["model"], **model_fields})
-        else:
-            run, cfg = configure(run_fields, model_fields)
-        now = {**dataclasses.asdict(run), **dataclasses.asdict(cfg)}
-        changed = [key for key in now if key not in MACHINE_FIELDS and now[key] != before.get(key)]
-        if changed:
-            was = ", ".join(f"{key} {before.get(key)!r}, now {now[key]!r}" for key in changed[:4])
-            raise UserError(f"{out} holds a run with other settings ({was}); --resume without flags "
-                            "continues it, another --out starts a new one")
+            raise UserError(f"--resume: there is no run in {out}")
+        if out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir())):
+            raise UserError(f"{out} exists and is not the folder of a run; choose another --out")
+        run, cfg = configure(run_fields, model_fields)
+        out.mkdir(parents=True, exist_ok=True)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                    "threads": run.threads or torch.get_num_threads(), "machine": platform.machine()}
+        write_json(path, {"model": dataclasses.asdict(cfg), "run": dataclasses.asdict(run),
+                          "versions": versions})
         return run, cfg
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        before = {**saved["run"], **saved["model"]}
+    except (ValueError, KeyError):
+        raise UserError(f"{path} is no run's configuration; choose another --out") from None
     if resume:
-        raise UserError(f"--resume: there is no run in {out}")
-    if out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir())):
-        raise UserError(f"{out} exists and is not the folder of a run; choose another --out")
+        keep = {key: value for key, value in saved["run"].items() if key not in MACHINE_FIELDS}
+        run_fields, model_fields = {**keep, **run_fields}, {**saved["model"], **model_fields}
     run, cfg = configure(run_fields, model_fields)
-    out.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                "threads": run.threads or torch.get_num_threads(), "machine": platform.machine()}
-    write_json(path, {"model": dataclasses.asdict(cfg), "run": dataclasses.asdict(run), "versions": versions})
+    now = {**dataclasses.asdict(run), **dataclasses.asdict(cfg)}
+    changed = [key for key in now if key not in MACHINE_FIELDS and now[key] != before.get(key)]
+    if changed:
+        was = ", ".join(f"{key} {before.get(key)!r}, now {now[key]!r}" for key in changed[:4])
+        raise UserError(f"{out} holds a run with other settings ({was}); --resume without flags "
+                        "continues it, another --out starts a new one")
     return run, cfg
 
 
@@ -7374,12 +7333,9 @@ def train(run, cfg, stage, ranks):
     if data:
         about = json.loads((out / "data" / "index.json").read_text(encoding="utf-8"))
         finish(job, "data", lambda job: (time.perf_counter() - began, {"rephrase": about["rephrase"]["all"]}))
-    for name in STAGES[1:] if stage is None else [stage]:
-        work = {"rephrase": None, "pretrain": pretrain, "tools": tools, "sft": sft, "rl": rl}[name]
-        if name in ("sft", "rl"):
-            finish(job, "tools", tools)
-        if work:
-            finish(job, name, work)
+    works = {"rephrase": (), "pretrain": [pretrain], "tools": [tools], "sft": [tools, sft], "rl": [tools, rl]}
+    for work in works.get(stage, (pretrain, tools, sft, rl)):
+        finish(job, work.__name__, work)
     card = {"rephrase": "data/card.md", "tools": "data/tools_card.md"}
     print(f"done: {out / card.get(stage, 'report.md')}" + (
         "" if stage in card else f"; talk to it: python sample.py {out} --chat"))
@@ -7387,7 +7343,7 @@ def train(run, cfg, stage, ranks):
 
 def finish(job, stage, work):
     """Do a stage of a run, unless it is done, and report it. `work(job)` gives seconds and figures."""
-    left = {"pretrain": "model_base", "sft": "model_sft", "rl": "model_rl"}.get(stage, "data")
+    left = MODELS.get(stage, "data")
     ranks, done = job.ranks, stage in read_report(job.out).get("seconds", {}) and (job.out / left).exists()
     if ranks.agree(not done) and (ranks.first or left != "data"):  # one rank is enough for data
         seconds_and_facts = work(job)
