@@ -5027,6 +5027,15 @@ def environment(prompt, toolbox=None):
             return question
 
 
+def prompts_of(domain, seed, n):
+    """Up to n prompts whose requests all differ, from 4 n draws: easy requests are few and drawn often."""
+    found = {}
+    for prompt in ({"domain": domain, "seed": f"{seed} {i}"} for i in range(4 * n)):
+        if len(found) < n:  # tasks with tools are tables and requests: no two are alike
+            found.setdefault(name_of(prompt) if domain == "tools" else environment(prompt).request, prompt)
+    return list(found.values())
+
+
 def gym_dialogs(domain, seed, n):
     """Dialogs that show a domain's answers, for fine-tuning; of tasks without a checker some flatter, as
     people do, so that there is something to unlearn."""
@@ -5556,17 +5565,21 @@ def choose_prompts(job, model, toolbox):
     run, path = job.run, job.out / "data" / "rl_prompts.json"
     if not path.exists():
         controller, pool = Controller(model, job, {}, toolbox), {}
+        enough = math.ceil(run.rl_steps * run.rl_prompts / len(TASK_BUDGETS) / 2)  # then none is asked thrice
         for domain in (*VERIFIABLE, "subjective"):
-            prompts = [{"domain": domain, "seed": f"{run.seed} {run.rl_seed} train {i}", "passed": 0.5}
-                       for i in range(run.rl_pool)]
-            if domain in VERIFIABLE:  # what passes of the rest, no one can tell
-                for prompt, group in zip(prompts, play_prompts(controller, prompts, run.rl_pass)):
-                    prompt["passed"] = sum(rollout.reward for rollout in group) / len(group)
-            if domain == "safety":  # what is harmful comes from the attack set
-                prompts = [prompt for prompt in prompts if not environment(prompt).harmful]
-            pool[domain] = [prompt for prompt in prompts if 0 < prompt["passed"] < 1] or prompts
-        held_out = [{"domain": domain, "seed": f"{run.seed} held out pair {i}"}
-                    for domain in VERIFIABLE[:-1] for i in range(run.rl_pool // 2)]
+            prompts = [prompt for prompt in prompts_of(domain, f"{run.seed} {run.rl_seed} train", run.rl_pool)
+                       if domain != "safety" or not environment(prompt).harmful]  # attacks are evolved
+            kept, tried = [], 0
+            while domain in VERIFIABLE and len(kept) < enough and tried < len(prompts):
+                part = prompts[tried : tried + 100]
+                tried += len(part)
+                for prompt, group in zip(part, play_prompts(controller, part, run.rl_pass)):
+                    passed = sum(rollout.reward for rollout in group) / len(group)
+                    if 0 < passed < 1:
+                        kept.append({**prompt, "passed": passed})
+            pool[domain] = kept or [{**prompt, "passed": 0.5} for prompt in prompts]
+        held_out = [prompt for domain in VERIFIABLE[:-1]
+                    for prompt in prompts_of(domain, f"{run.seed} held out pair", run.rl_tasks // 3)]
         pairs = [pair for group in play_prompts(controller, held_out, 4) if (pair := known_order(group))]
         write_json(path, {"pool": pool, "pairs": pairs})
     saved = json.loads(path.read_text(encoding="utf-8"))
@@ -6767,7 +6780,7 @@ def rl(job):
     toolbox, twin = toolbox_of(run)[0], ranks.twin(model)
     with job.autocast(), ranks.whole(model, twin), ranks.one_by_one():
         pool, pairs = choose_prompts(job, twin, toolbox)
-    unchecked = list(critic_pairs(random.Random(f"pairs {run.seed}"), run.rl_pool // 2, held_out=True))
+    unchecked = list(critic_pairs(random.Random(f"pairs {run.seed}"), run.rl_tasks // 3, held_out=True))
     rows = max(1, 2048 // run.sft_len)
     sources = {name: dialogs[:400] for name, dialogs in sft_sources(job).items()}
     dialogs = Dialogs(sources, job.tok, run.sft_weights, run.seed, rows * run.rl_steps, run.sft_len)
@@ -6982,10 +6995,11 @@ def tool_success(model, job, n, classes=tuple(SUCCESS), budget=128):
 
 
 def gym_hits(controller, n):
-    """{domain: [1 if a held-out request was answered right, else 0]}, greedy, n a domain, always the same."""
+    """{domain: [1 if a held-out request was answered right, else 0]}, greedy, up to n a domain, always the
+    same, no request twice: an answer that changed would count as many changes."""
     hits = {}
     for domain in VERIFIABLE:
-        prompts = [{"domain": domain, "seed": f"{controller.run.seed} held out {i}"} for i in range(n)]
+        prompts = prompts_of(domain, f"{controller.run.seed} held out", n)
         hits[domain] = [int(group[0].reward == 1) for group in play_prompts(controller, prompts, 1, 0.0)]
     return hits
 
