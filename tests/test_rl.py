@@ -468,6 +468,15 @@ def test_held_out_requests_are_never_trained_on():
         assert not held & ({q.request for q in questions(domain, 300)} | shown)
 
 
+def test_no_two_prompts_of_a_list_ask_the_same():
+    for domain in train.QUESTIONS:
+        found = train.prompts_of(domain, "0 held out", 60)
+        asked = [train.environment(prompt).request for prompt in found]
+        assert len(set(asked)) == len(asked)
+        few = [train.environment({"domain": domain, "seed": f"0 held out {i}"}).request for i in range(240)]
+        assert len(found) == min(60, len(set(few)))
+
+
 # -- the critic ------------------------------------------------------------------------------------------
 
 
@@ -579,11 +588,11 @@ def test_which_prompts_are_chosen(model, tok, sampling):
 
 def test_the_interval_of_a_paired_gain():
     rng = random.Random(0)
-    before = {name: "".join(rng.choice("01") for _ in range(400)) for name in "ab"}
-    after = {name: "".join("1" if rng.random() < 0.3 else bit for bit in bits)
-             for name, bits in before.items()}
+    before = {name: [rng.randrange(5) / 4 for _ in range(400)] for name in "ab"}
+    after = {name: [1.0 if rng.random() < 0.3 else share for share in shares]
+             for name, shares in before.items()}
     found = train.paired_gain(before, after)
-    changes = [[int(a) - int(b) for a, b in zip(after[name], before[name])] for name in "ab"]
+    changes = [[a - b for a, b in zip(after[name], before[name])] for name in "ab"]
     means = [sum(change) / 400 for change in changes]
     variances = [sum((c - m) ** 2 for c in change) / 400**2 for change, m in zip(changes, means)]
     error = math.sqrt(sum(variances)) / 2
