@@ -162,7 +162,7 @@ class RunConfig:
     rl_pool: int | None = None  # prompts of each domain that are tried for the pool
     rl_pass: int = 4  # the k of pass@k, by which prompts of moderate difficulty are chosen
     rl_row: int = 512  # tokens of a row of training: a prompt and as many of its answers as fit
-    rl_tasks: int = 500  # held-out prompts of each domain that measure RL
+    rl_tasks: int = 500  # held-out requests of each domain that measure RL, fewer where fewer differ
     ptx_weight: float = 0.1  # weight of the language-modelling loss on dialogs and text (none published)
     critic_weight: float = 0.1  # weight of the critic's loss on pairs of known order; 0: no closed loop
     batch_size: int | None = None  # sequences a step
@@ -5565,21 +5565,17 @@ def choose_prompts(job, model, toolbox):
     run, path = job.run, job.out / "data" / "rl_prompts.json"
     if not path.exists():
         controller, pool = Controller(model, job, {}, toolbox), {}
-        enough = math.ceil(run.rl_steps * run.rl_prompts / len(TASK_BUDGETS) / 2)  # then none is asked thrice
         for domain in (*VERIFIABLE, "subjective"):
-            prompts = [prompt for prompt in prompts_of(domain, f"{run.seed} {run.rl_seed} train", run.rl_pool)
-                       if domain != "safety" or not environment(prompt).harmful]  # attacks are evolved
-            kept, tried = [], 0
-            while domain in VERIFIABLE and len(kept) < enough and tried < len(prompts):
-                part = prompts[tried : tried + 100]
-                tried += len(part)
-                for prompt, group in zip(part, play_prompts(controller, part, run.rl_pass)):
-                    passed = sum(rollout.reward for rollout in group) / len(group)
-                    if 0 < passed < 1:
-                        kept.append({**prompt, "passed": passed})
-            pool[domain] = kept or [{**prompt, "passed": 0.5} for prompt in prompts]
+            prompts = [{**prompt, "passed": 0.5}
+                       for prompt in prompts_of(domain, f"{run.seed} {run.rl_seed} train", run.rl_pool)]
+            if domain in VERIFIABLE:  # what passes of the rest, no one can tell
+                for prompt, group in zip(prompts, play_prompts(controller, prompts, run.rl_pass)):
+                    prompt["passed"] = sum(rollout.reward for rollout in group) / len(group)
+            if domain == "safety":  # what is harmful comes from the attack set
+                prompts = [prompt for prompt in prompts if not environment(prompt).harmful]
+            pool[domain] = [prompt for prompt in prompts if 0 < prompt["passed"] < 1] or prompts
         held_out = [prompt for domain in VERIFIABLE[:-1]
-                    for prompt in prompts_of(domain, f"{run.seed} held out pair", run.rl_tasks // 3)]
+                    for prompt in prompts_of(domain, f"{run.seed} held out pair", run.rl_pool // 2)]
         pairs = [pair for group in play_prompts(controller, held_out, 4) if (pair := known_order(group))]
         write_json(path, {"pool": pool, "pairs": pairs})
     saved = json.loads(path.read_text(encoding="utf-8"))
@@ -6780,7 +6776,7 @@ def rl(job):
     toolbox, twin = toolbox_of(run)[0], ranks.twin(model)
     with job.autocast(), ranks.whole(model, twin), ranks.one_by_one():
         pool, pairs = choose_prompts(job, twin, toolbox)
-    unchecked = list(critic_pairs(random.Random(f"pairs {run.seed}"), run.rl_tasks // 3, held_out=True))
+    unchecked = list(critic_pairs(random.Random(f"pairs {run.seed}"), run.rl_pool // 2, held_out=True))
     rows = max(1, 2048 // run.sft_len)
     sources = {name: dialogs[:400] for name, dialogs in sft_sources(job).items()}
     dialogs = Dialogs(sources, job.tok, run.sft_weights, run.seed, rows * run.rl_steps, run.sft_len)
@@ -6997,13 +6993,13 @@ def tool_success(model, job, n, classes=tuple(SUCCESS), budget=128):
 def gym_hits(controller, n):
     """{domain: [share of the answers to a held-out request that are right]}, up to n requests a domain:
     always the same, no two alike, or one answer that changes would count as many. As in R 4.1, tasks with
-    tools are done at temperature 0, and for others the mean of k answers counts (Avg@k): here of 4 at K2's
+    tools are done at temperature 0, and for others the mean of k answers counts (Avg@k): here of 2 at K2's
     recommended temperature, with the same draws before and after."""
     hits = {}
     for domain in VERIFIABLE:
         controller.started = 0
         prompts = prompts_of(domain, f"{controller.run.seed} held out", n)
-        groups = play_prompts(controller, prompts, *((1, 0.0) if domain == "tools" else (4, 0.6)))
+        groups = play_prompts(controller, prompts, *((1, 0.0) if domain == "tools" else (2, 0.6)))
         hits[domain] = [sum(rollout.reward == 1 for rollout in group) / len(group) for group in groups]
     return hits
 
