@@ -4875,6 +4875,8 @@ def code_question(rng):
     kind, task, source, function = rng.choice(PROGRAMS)
     name, a = rng.choice("fgh"), rng.randrange(2, 30)
     inputs = [kind(rng) for _ in range(4)]
+    if kind is not TEXT:  # where another number than a would show
+        inputs += [a - 1, a, a + 1] if kind is NUMBER else [[a - 1, a, a + 1]]
     # stays outside the sandbox, so that no program can look it up
     expected = "".join(f"{function(x, a)!r}\n" for x in inputs)
 

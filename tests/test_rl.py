@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import zlib
 
@@ -466,6 +467,16 @@ def test_held_out_requests_are_never_trained_on():
         held = {q.request for q in questions(domain, 100, "held out")}
         shown = {dialog["messages"][0]["content"] for dialog in train.gym_dialogs(domain, 0, 300)}
         assert not held & ({q.request for q in questions(domain, 300)} | shown)
+
+
+def test_a_program_with_another_number_earns_nothing():
+    """A number that happens to pass the tests would teach to guess it, not to read it."""
+    kinds = {re.sub(r"\d+", "N", q.answer.partition("return")[2]): q for q in questions("code", 300)}
+    assert len(kinds) == len(train.PROGRAMS)
+    for question in kinds.values():
+        head, number, tail = re.fullmatch(r"(.*\D)(\d+)(.*)", question.answer, re.S).groups()
+        for other in {3, int(number) - 1, int(number) + 1} - {int(number)}:
+            assert not question.worth(f"{head}{other}{tail}"), (question.request, other)
 
 
 def test_no_two_prompts_of_a_list_ask_the_same():
