@@ -163,7 +163,7 @@ class RunConfig:
     rl_pool: int | None = None  # prompts of each domain that are tried for the pool
     rl_pass: int = 4  # the k of pass@k, by which prompts of moderate difficulty are chosen
     rl_row: int = 512  # tokens of a row of training: a prompt and as many of its answers as fit
-    rl_tasks: int = 500  # held-out prompts of each domain that measure RL
+    rl_tasks: int = 500  # held-out requests of each domain that measure RL, fewer where fewer differ
     ptx_weight: float = 0.1  # weight of the language-modelling loss on dialogs and text (none published)
     critic_weight: float = 0.1  # weight of the critic's loss on pairs of known order; 0: no closed loop
     batch_size: int | None = None  # sequences a step
@@ -4859,6 +4859,8 @@ def code_question(rng):
     kind, task, source, function = rng.choice(PROGRAMS)
     name, a = rng.choice("fgh"), rng.randrange(2, 30)
     inputs = [kind(rng) for _ in range(4)]
+    if kind is not TEXT:  # where another number than a would show
+        inputs += [a - 1, a, a + 1] if kind is NUMBER else [[a - 1, a, a + 1]]
     # stays outside the sandbox, so that no program can look it up
     expected = "".join(f"{function(x, a)!r}\n" for x in inputs)
 
@@ -5009,6 +5011,15 @@ def environment(prompt, toolbox=None):
         question = QUESTIONS[domain](rng, *more)
         if (zlib.crc32(question.request.encode()) % 8 == 0) == held_out:
             return question
+
+
+def prompts_of(domain, seed, n):
+    """Up to n prompts whose requests all differ, from 4 n draws: easy requests are few and drawn often."""
+    found = {}
+    for prompt in ({"domain": domain, "seed": f"{seed} {i}"} for i in range(4 * n)):
+        if len(found) < n:  # tasks with tools are tables and requests: no two are alike
+            found.setdefault(name_of(prompt) if domain == "tools" else environment(prompt).request, prompt)
+    return list(found.values())
 
 
 def gym_dialogs(domain, seed, n):
@@ -5541,16 +5552,16 @@ def choose_prompts(job, model, toolbox):
     if not path.exists():
         controller, pool = Controller(model, job, {}, toolbox), {}
         for domain in (*VERIFIABLE, "subjective"):
-            prompts = [{"domain": domain, "seed": f"{run.seed} {run.rl_seed} train {i}", "passed": 0.5}
-                       for i in range(run.rl_pool)]
+            prompts = [{**prompt, "passed": 0.5}
+                       for prompt in prompts_of(domain, f"{run.seed} {run.rl_seed} train", run.rl_pool)]
             if domain in VERIFIABLE:  # what passes of the rest, no one can tell
                 for prompt, group in zip(prompts, play_prompts(controller, prompts, run.rl_pass)):
                     prompt["passed"] = sum(rollout.reward for rollout in group) / len(group)
             if domain == "safety":  # what is harmful comes from the attack set
                 prompts = [prompt for prompt in prompts if not environment(prompt).harmful]
             pool[domain] = [prompt for prompt in prompts if 0 < prompt["passed"] < 1] or prompts
-        held_out = [{"domain": domain, "seed": f"{run.seed} held out pair {i}"}
-                    for domain in VERIFIABLE[:-1] for i in range(run.rl_pool // 2)]
+        held_out = [prompt for domain in VERIFIABLE[:-1]
+                    for prompt in prompts_of(domain, f"{run.seed} held out pair", run.rl_pool // 2)]
         pairs = [pair for group in play_prompts(controller, held_out, 4) if (pair := known_order(group))]
         write_json(path, {"pool": pool, "pairs": pairs})
     saved = json.loads(path.read_text(encoding="utf-8"))
@@ -6725,11 +6736,11 @@ def examine(job, model, step, critic, examiner, pairs, unchecked):
         hits = gym_hits(examiner, n)
         right, bias = accuracy(critic, pairs) if pairs else (0.5, 0.5)
         style, _ = accuracy(critic, unchecked)
-    row = {"gym": {domain: sum(found) / n for domain, found in hits.items()}}
+    row = {"gym": {domain: sum(found) / len(found) for domain, found in hits.items()}}
     row |= {"critic": right, "critic_style": style, "critic_bias": bias - 0.5}
     row |= what_it_knows(model, job, facts_too=last)
     if first or last:
-        row["hits"] = {domain: "".join(map(str, found)) for domain, found in hits.items()}
+        row["hits"] = hits
     if last:
         row |= dict(zip(("success", "transcript"), tool_success(model, job, run.tool_tasks)))
     return row
@@ -6775,7 +6786,7 @@ def rl(job):
 
     _, log = fit("rl", job, model, twin, opt, [Phase("rl", 0, run.rl_steps)], batch_of, evaluate,
                  lambda step: run.rl_lr, learn, controller)
-    return time.perf_counter() - began, {"rl": rl_facts(log, run.rl_tasks), "recall": recalled(log, "rl"),
+    return time.perf_counter() - began, {"rl": rl_facts(log), "recall": recalled(log, "rl"),
                                          "success": {"rl": log[-1]["success"]}}
 
 
@@ -6945,32 +6956,33 @@ def tool_success(model, job, n, classes=tuple(SUCCESS), budget=128):
 
 
 def gym_hits(controller, n):
-    """{domain: [1 if a held-out request was answered right, else 0]}, greedy, n a domain, always the same."""
+    """{domain: [1 if a held-out request was answered right, else 0]}, greedy, up to n requests a domain,
+    always the same. No two are alike: one answer that changes would count as often as it is asked."""
     hits = {}
     for domain in VERIFIABLE:
-        prompts = [{"domain": domain, "seed": f"{controller.run.seed} held out {i}"} for i in range(n)]
+        prompts = prompts_of(domain, f"{controller.run.seed} held out", n)
         hits[domain] = [int(group[0].reward == 1) for group in play_prompts(controller, prompts, 1, 0.0)]
     return hits
 
 
 def paired_gain(before, after, seed=0, draws=2000):
     """{"mean", "low", "high"} of the gain, the mean over domains, with its 95 % interval by bootstrap over
-    prompts; before and after are {domain: "0101..."} of the same prompts."""
+    requests; before and after are {domain: [1 or 0]} of the same requests, no two alike."""
     rng, gains, means = np.random.default_rng(seed), np.zeros(draws), []
     for domain in before:
-        change = np.array(list(map(int, after[domain]))) - np.array(list(map(int, before[domain])))
+        change = np.subtract(after[domain], before[domain])
         gains += change[rng.integers(len(change), size=(draws, len(change)))].mean(axis=1) / len(before)
         means.append(change.mean().item())
     low, high = np.quantile(gains, (0.025, 0.975)).tolist()
     return {"mean": sum(means) / len(means), "low": low, "high": high}
 
 
-def rl_facts(rows, n):
+def rl_facts(rows):
     """The report's figures of RL from its rows of the log: held-out success before and after, the gain with
     its interval, reward of the first and last tenth, the critic, bits per byte."""
     measured, trained = [row for row in rows if "gym" in row], [row for row in rows if "reward" in row]
     first, last, tenth = measured[0], measured[-1], max(1, len(trained) // 10)
-    facts = {"domains": {name: {"sft": share, "rl": last["gym"][name], "n": n}
+    facts = {"domains": {name: {"sft": share, "rl": last["gym"][name], "n": len(first["hits"][name])}
                          for name, share in first["gym"].items()}}
     facts["gain"] = paired_gain(first["hits"], last["hits"])
     for when, part in (("first", trained[:tenth]), ("last", trained[-tenth:])):

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import zlib
 
@@ -468,6 +469,25 @@ def test_held_out_requests_are_never_trained_on():
         assert not held & ({q.request for q in questions(domain, 300)} | shown)
 
 
+def test_a_program_with_another_number_earns_nothing():
+    """A number that happens to pass the tests would teach to guess it, not to read it."""
+    kinds = {re.sub(r"\d+", "N", q.answer.partition("return")[2]): q for q in questions("code", 300)}
+    assert len(kinds) == len(train.PROGRAMS)
+    for question in kinds.values():
+        head, number, tail = re.fullmatch(r"(.*\D)(\d+)(.*)", question.answer, re.S).groups()
+        for other in {3, int(number) - 1, int(number) + 1} - {int(number)}:
+            assert not question.worth(f"{head}{other}{tail}"), (question.request, other)
+
+
+def test_no_two_prompts_of_a_list_ask_the_same():
+    for domain in train.QUESTIONS:
+        found = train.prompts_of(domain, "0 held out", 60)
+        asked = [train.environment(prompt).request for prompt in found]
+        assert len(set(asked)) == len(asked)
+        few = [train.environment({"domain": domain, "seed": f"0 held out {i}"}).request for i in range(240)]
+        assert len(found) == min(60, len(set(few)))
+
+
 # -- the critic ------------------------------------------------------------------------------------------
 
 
@@ -579,11 +599,11 @@ def test_which_prompts_are_chosen(model, tok, sampling):
 
 def test_the_interval_of_a_paired_gain():
     rng = random.Random(0)
-    before = {name: "".join(rng.choice("01") for _ in range(400)) for name in "ab"}
-    after = {name: "".join("1" if rng.random() < 0.3 else bit for bit in bits)
-             for name, bits in before.items()}
+    before = {name: [rng.randrange(5) / 4 for _ in range(400)] for name in "ab"}
+    after = {name: [1.0 if rng.random() < 0.3 else share for share in shares]
+             for name, shares in before.items()}
     found = train.paired_gain(before, after)
-    changes = [[int(a) - int(b) for a, b in zip(after[name], before[name])] for name in "ab"]
+    changes = [[a - b for a, b in zip(after[name], before[name])] for name in "ab"]
     means = [sum(change) / 400 for change in changes]
     variances = [sum((c - m) ** 2 for c in change) / 400**2 for change, m in zip(changes, means)]
     error = math.sqrt(sum(variances)) / 2
