@@ -6644,9 +6644,10 @@ def learner(job, model, **settings):
 
 
 def model_before(job, stage, before):
-    """Where a stage starts: the model that the one before left in this run, else that of --base."""
+    """Where a stage starts: the model of --base, else the one that the stage before left in this run; RL
+    starts from this run's fine-tuned model where there is one."""
     own = job.out / MODELS[before]
-    folder = Path(job.run.base) if job.run.base and not own.exists() else own
+    folder = Path(job.run.base) if job.run.base and (stage == "sft" or not own.exists()) else own
     if not (folder / "config.json").exists():
         raise UserError(f"{stage}: no model in {folder}; run the {before} stage first, or give --base FOLDER")
     return load_pretrained(folder, job.device, shard=job.ranks.shard)[0]
@@ -6669,8 +6670,10 @@ def tools(job):
     """Tools, dialogs with them, and their filter (R 3.1.1)."""
     began = time.perf_counter()
     about = make_trajectories(job.run, job.tok, job.out)
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes elsewhere
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else math.nan
     print(f"{about['specs']:,} tools in {about['seconds_evolving']:.1f} s, {about['accepted']:,} of "
-          f"{about['trajectories']:,} dialogs kept")
+          f"{about['trajectories']:,} dialogs kept, {most:.2f} GiB at most")
     facts = {key: about[key] for key in ("specs", "trajectories", "accepted")}
     return time.perf_counter() - began, {"tools": facts}
 
@@ -6985,10 +6988,13 @@ def rl_facts(rows):
     facts = {"domains": {name: {"sft": share, "rl": last["gym"][name], "n": len(first["hits"][name])}
                          for name, share in first["gym"].items()}}
     facts["gain"] = paired_gain(first["hits"], last["hits"])
+    facts["gain_by_domain"] = {name: paired_gain({name: found}, {name: last["hits"][name]})
+                               for name, found in first["hits"].items()}
     for when, part in (("first", trained[:tenth]), ("last", trained[-tenth:])):
         facts[f"reward_{when}"] = sum(row["reward"] for row in part) / len(part)
     for when, row in (("first", first), ("last", last)):
-        facts |= {f"critic_{when}": row["critic"], f"critic_style_{when}": row["critic_style"]}
+        facts |= {f"critic_{when}": row["critic"], f"critic_style_{when}": row["critic_style"],
+                  f"position_bias_{when}": row["critic_bias"]}
     if "val_bpb" in first:
         for when, row in (("before", first), ("after", last)):
             facts[f"val_bpb_{when}"] = sum(row["val_bpb"].values()) / len(row["val_bpb"])

@@ -252,3 +252,29 @@ def test_render_refuses_a_call_that_is_none():
     for call in ({"id": "a"}, {"function": {}}, {"function": "x"}, "x"):
         with pytest.raises(ValueError, match="call"):
             tok.render([{"role": "assistant", "content": "", "tool_calls": [call]}])
+
+
+def test_where_a_stage_starts(tmp_path):
+    """--base goes before the run's own base model; RL takes the run's own fine-tuned model if it has one."""
+    def mark(folder, value):
+        model = KimiK2(KimiConfig.preset("nano"))
+        with torch.no_grad():
+            model.lm_head.weight.fill_(value)
+        train.save_pretrained(model, None, folder)
+
+    def start(stage, before):
+        weights = train.model_before(job, stage, before).lm_head.weight
+        return weights[0, 0].item()
+
+    run, cfg = train.configure({"preset": "nano", "base": str(tmp_path / "other")}, {})
+    job = train.Job(run, cfg, tmp_path, torch.device("cpu"), None, None)
+    mark(tmp_path / "other", 1.0)
+    assert start("sft", "pretrain") == start("rl", "sft") == 1
+    mark(tmp_path / "model_base", 2.0)
+    mark(tmp_path / "model_sft", 3.0)
+    assert (start("sft", "pretrain"), start("rl", "sft")) == (1, 3)
+    job.run.base = None
+    assert start("sft", "pretrain") == 2
+    shutil.rmtree(tmp_path / "model_base")
+    with pytest.raises(train.UserError, match="run the pretrain stage first"):
+        start("sft", "pretrain")
