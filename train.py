@@ -6306,7 +6306,7 @@ def update(model, opt, job, loss, lr):
     opt.step()
     opt.zero_grad()
     load = opt.expert_load / opt.expert_load.mean(dim=1, keepdim=True).clamp(min=1)
-    return {"loss": loss, "grad_norm": grad_norm, "s_max": opt.max_logits.max().item(),
+    return {"loss": loss, "grad_norm": grad_norm, "s_max": opt.max_logits.max().item(), "load": load,
             "expert_load_max": [round(v, 3) for v in load.amax(dim=1).tolist()]}
 
 
@@ -6395,6 +6395,7 @@ def advance(job, model, opt, progress, phase, batch_of, lr, learn):
         raise UserError(f"stopped at step {progress.step}: {error}. "
                         f"The last good checkpoint is in {job.out / 'ckpt'}") from None
     tokens = job.ranks.sum(batch[0].numel())
+    del figures["load"]  # its maxima are enough for the log
     clipped = progress.count(opt, tokens)
     return {"phase": phase.name, "tokens": progress.tokens, "lr": lr,
             "tok_s": round(tokens / (time.perf_counter() - began)), "clipped_heads": clipped, **figures}
