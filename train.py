@@ -7209,8 +7209,8 @@ def long_contexts(rows):
 def claims(job, facts, rows):
     """[(what the report says and where, what this run measured)]."""
     table = []
-    if trained := [row for row in rows if "loss" in row]:
-        p = facts["pretrain"]
+    if p := facts.get("pretrain"):
+        trained = [row for row in rows if "loss" in row]
         same = [(a, b) for a, b in zip(trained, trained[1:]) if a["phase"] == b["phase"]]
         worst = max((b["loss"] - a["loss"] for a, b in same), default=0.0)
         loads = [max(row["expert_load_max"], default=0.0) for row in trained if row["phase"] == "pretrain"]

@@ -130,6 +130,7 @@ def test_damaged_newest_checkpoint_falls_back(finished, tmp_path):
     newest /= "all.safetensors"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     shutil.rmtree(out / "model_base")  # as if killed before the stage was finished
+    (out / "report.json").unlink()  # and its figures lost: they are found again
     done = run("pretrain", "--resume", "--out", out)
     assert done.returncode == 0 and "is damaged" in done.stderr
     assert_same_run(finished, out)
