@@ -208,7 +208,8 @@ class RunConfig:
 
 # Toys train for hundreds of steps, not K2's 231,000, and want a larger learning rate and a faster
 # router bias; no toy reaches logits of 100, so their tau is lower and QK-Clip has something to do.
-# K2: 16,384 sequences of 4,096 tokens make the report's 67 M a step; 15.5 T tokens in all.
+# K2: 16,384 sequences of 4,096 tokens make the report's 67 M a step; 15.5 T tokens in all. LARGE is what
+# presets for many GPUs share.
 LARGE = dict(tau=100.0, bias_update_rate=1e-3, eval_every=1000, save_every=1000, recompute=True,
              trajectories=50_000, rl_steps=400, rl_lr=1e-5, rl_prompts=256, rl_samples=16, rl_budget=2048,
              rl_segment=512, sft_steps=2000, rl_pool=2000)
@@ -228,7 +229,7 @@ RUN_DEFAULTS = {
                  rl_steps=60, rl_lr=1e-4, rl_prompts=64, rl_samples=8, rl_budget=128, rl_segment=64,
                  rl_pool=300),
     "small": dict(LARGE, steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200,
-                  eval_every=500, eval_tokens=2**19, save_every=500, recompute=None, sft_steps=1000,
+                  eval_every=500, eval_tokens=2**19, save_every=500, recompute=False, sft_steps=1000,
                   sft_lr=3e-4, sft_len=2048, rl_steps=200, rl_lr=5e-5, rl_prompts=128, rl_pool=500),
     "medium": dict(LARGE, steps=60_000, batch_size=1024, micro_batch=4, seq_len=4096, lr=5e-4, warmup=500,
                    eval_tokens=2**21, sft_lr=1e-4, sft_len=4096, rl_lr=2e-5),
@@ -5101,8 +5102,7 @@ class Engine:
     @torch.inference_mode()
     def play(self, rollouts, segment=None):
         """Continue rollouts until each has its reward, or has said `segment` tokens more."""
-        training, decoder = self.model.training, Decoder(self.model)
-        self.model.eval()
+        decoder = Decoder(self.model)
         limit = {id(rollout): min(self.most(rollout), len(rollout.said) + (segment or self.budget))
                  for rollout in rollouts}
         for rollout in rollouts:
@@ -5118,7 +5118,6 @@ class Engine:
                 list(pool.map(self.answer, playing))
                 playing = [rollout for rollout in playing
                            if rollout.reward is None and len(rollout.said) < limit[id(rollout)]]
-        self.model.train(training)
 
     def answer(self, rollout):
         """Let the environment answer a turn that is complete; over the budget there is no reward."""
@@ -5342,8 +5341,6 @@ class Critic:
         prompts = [self.tok.render([{"role": "user", "content": text}], None, True)[0] for text in asked]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         p_a = torch.zeros(len(prompts))
-        training = self.model.training
-        self.model.eval()
         for batch in (order[i : i + self.rows] for i in range(0, len(order), self.rows)):
             sizes = [len(prompts[i]) for i in batch]
             tokens = torch.tensor([prompts[i] + [0] * (max(sizes) - len(prompts[i])) for i in batch],
@@ -5351,7 +5348,6 @@ class Critic:
             hidden = self.model.hidden(tokens)[range(len(batch)), [size - 1 for size in sizes]]
             logits = self.model.lm_head(hidden).float()[:, self.letters]
             p_a[batch] = logits.softmax(dim=-1)[:, 0].cpu()
-        self.model.train(training)
         return (p_a[::2] + 1 - p_a[1::2]) / 2, p_a.mean().item()
 
 
