@@ -561,14 +561,12 @@ def plan_serving(run, cfg):
 # and code are the standard library's words and programs, math and knowledge are written from a seed.
 # A document is {"text", "domain", "source"}.
 
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings",
-           "pydoc_data", "__pycache__"}
+SKIPPED = set("test tests idlelib lib2to3 turtledemo ensurepip encodings pydoc_data __pycache__".split())
 
 
 def split_of(source, fraction=0.05):
-    """"train" or, for this fraction of groups, "val", by a hash that no run or machine changes. A module's
-    group is its top-level package, so that words, code and neighbours are on one side; any other source is
-    its own."""
+    """"train" or, for this fraction of groups, "val", by a hash that no run or machine changes. Modules of
+    one top-level package are a group, so that their words and code are on one side."""
     group = source if "/" in source else source.split(".")[0].lstrip("_")
     # 914 was picked for validation text of many modules, none with a twin in training
     return "val" if zlib.crc32(f"split 914 {group}".encode()) < fraction * 2**32 else "train"
@@ -585,26 +583,23 @@ def library_files():
     """(module name, path) of the standard library's files, in an order of their own."""
     root = sysconfig.get_paths()["stdlib"]
     for folder, folders, names in os.walk(root):
-        # a package is an identifier, site-packages is none
-        folders[:] = sorted(f for f in folders if f.isidentifier() and f not in SKIPPED)
-        for path in (Path(folder, name) for name in sorted(names)):
-            parts = path.relative_to(root).with_suffix("").parts
-            if path.suffix == ".py" and parts[-1].isidentifier() \
-                    and not parts[-1].startswith("_sysconfigdata"):  # this machine's paths
-                yield ".".join(p for p in parts if p != "__init__"), path
+        folders[:] = sorted(f for f in folders if f.isidentifier() and f not in SKIPPED)  # no site-packages
+        for path in (Path(folder, name) for name in sorted(names) if name.endswith(".py")):
+            *parts, name = path.relative_to(root).with_suffix("").parts
+            if name.isidentifier() and not name.startswith("_sysconfigdata"):  # that has this machine's paths
+                yield ".".join(parts + [name] * (name != "__init__")), path
+
+
+def is_string(statement):
+    return isinstance(statement, ast.Expr) and isinstance(getattr(statement.value, "value", None), str)
 
 
 def docstrings(node, name):
     """Yields (heading, body, statements) for each docstring under node, in source order."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         name = f"{name}.{node.name}" if hasattr(node, "name") else name
-        strings = []
-        for statement in node.body:  # a second string would be the docstring once the first is cut
-            if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-                    and isinstance(statement.value.value, str)):
-                break
-            strings.append(statement)
-        if strings:
+        # a second string would be the docstring once the first is cut
+        if strings := list(itertools.takewhile(is_string, node.body)):
             arguments = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
             yield name + arguments, node.body, strings
     for child in ast.iter_child_nodes(node):
@@ -661,17 +656,15 @@ def topic_documents(limit=8000):
     from pydoc_data.topics import topics
     documents, seen = [], set()
     for name in sorted(topics):
-        piece = ""
-        for paragraph in topics[name].strip().split("\n\n") + [None]:
-            if paragraph in seen:
-                continue
-            if paragraph is None or len(piece) + len(paragraph) > limit:
-                if len(piece) >= 200:
-                    documents.append(document(piece.strip("\n"), "web", f"topics/{name}"))
-                piece = ""
-            if paragraph is not None:
+        pieces = [""]
+        for paragraph in topics[name].strip().split("\n\n"):
+            if paragraph not in seen:
                 seen.add(paragraph)
-                piece += paragraph + "\n\n"
+                if len(pieces[-1]) + len(paragraph) > limit:
+                    pieces.append("")
+                pieces[-1] += paragraph + "\n\n"
+        documents += [document(piece.strip("\n"), "web", f"topics/{name}")
+                      for piece in pieces if len(piece) >= 200]
     return documents
 
 
@@ -914,13 +907,12 @@ def math_documents(seed, count=4000):
 
 # --- knowledge: an invented world whose facts are known, so that recall can be measured exactly ---
 
-OCCUPATIONS = ("painter poet botanist composer cartographer physician sculptor philosopher "
-               "geologist mathematician historian navigator").split()
+OCCUPATIONS = """painter poet botanist composer cartographer physician sculptor philosopher geologist
+mathematician historian navigator""".split()
 FIELDS = "astronomy medicine music navigation botany law printing geometry".split()
 GOODS = "glass wool copper salt paper honey timber pottery linen".split()
 FORMS = "novel symphony treatise fresco ballad play".split()
-MONTHS = ("January February March April May June July August September October November "
-          "December").split()
+MONTHS = "January February March April May June July August September October November December".split()
 ADJECTIVES = "Silent Golden Broken Hidden Distant Patient Burning Second".split()
 ONSETS = "b d f g h k l m n p r s t v dr st tr".split()
 REGIONS = ("the northern highlands", "the salt coast", "the lake country", "the river delta",
@@ -1177,24 +1169,40 @@ def skip(skipped, message):
     skipped.append(message)
 
 
-def jsonl_documents(path, name, skipped):
-    """{"text", "domain"?, "source"?, "rephrased_from"?, "style"?} a line; any other line is skipped."""
+def own_files(source):
+    """(path, name) of the file or of those in the folder that --data names, in a fixed order."""
+    root = Path(source)
+    if not root.exists():
+        raise UserError(f"--data {source}: there is no such file or folder")
+    paths = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
+    return [(path, path.relative_to(root if root.is_dir() else root.parent).as_posix()) for path in paths]
+
+
+def json_lines(path, skipped, wanted):
+    """(number, record) of the lines of a file for which `wanted(record)` holds. Where it or JSON raises an
+    error, the line is skipped and that is said."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             try:
-                record = json.loads(line)
-                if isinstance(record, dict) and "messages" in record:
-                    continue  # a dialog, for the sft stage
-                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                    raise ValueError('no object with a "text"')
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+                if line.strip() and wanted(record := json.loads(line)):
+                    yield number, record
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 skip(skipped, f"{path} line {number}: {error}, skipped")
-                continue
-            domain = re.sub(r"\W+", "_", str(record.get("domain", "own"))) or "own"
-            kept = {key: str(record[key]) for key in ("rephrased_from", "style") if key in record}
-            yield document(record["text"], domain, str(record.get("source", f"own/{name}/{number}"))) | kept
+
+
+def jsonl_documents(path, name, skipped):
+    """{"text", "domain"?, "source"?, "rephrased_from"?, "style"?} a line; any other line is skipped."""
+    def is_document(record):
+        if isinstance(record, dict) and "messages" in record:
+            return False  # a dialog, for the sft stage
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError('no object with a "text"')
+        return True
+
+    for number, record in json_lines(path, skipped, is_document):
+        domain = re.sub(r"\W+", "_", str(record.get("domain", "own"))) or "own"
+        kept = {key: str(record[key]) for key in ("rephrased_from", "style") if key in record}
+        yield document(record["text"], domain, str(record.get("source", f"own/{name}/{number}"))) | kept
 
 
 def hugging_face_documents(name):
@@ -1212,11 +1220,7 @@ def own_documents(source, skipped):
     if source.startswith("hf:"):
         yield from hugging_face_documents(source.removeprefix("hf:"))
         return
-    root = Path(source)
-    if not root.exists():
-        raise UserError(f"--data {source}: there is no such file or folder")
-    for path in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]:
-        name = path.relative_to(root).as_posix() if root.is_dir() else path.name
+    for path, name in own_files(source):
         if path.suffix in (".txt", ".md"):
             try:
                 yield document(path.read_text(encoding="utf-8"), "own", f"own/{name}")
@@ -1224,7 +1228,7 @@ def own_documents(source, skipped):
                 skip(skipped, f"{path}: not UTF-8 at byte {error.start}, skipped")
         elif path.suffix == ".jsonl":
             yield from jsonl_documents(path, name, skipped)
-        elif not root.is_dir():
+        elif not Path(source).is_dir():
             raise UserError(f"--data {source}: only .txt, .md, .jsonl, a folder of them or hf:NAME can be "
                             "read")
 
@@ -1253,16 +1257,20 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
+def write_lines(path, lines):
+    """A text file of these lines."""
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+
+
 def write_jsonl(path, records):
     """One record a line."""
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_lines(path, (json.dumps(record, ensure_ascii=False) for record in records))
 
 
 def write_json(path, value):
     """One value, to be read by people too."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_lines(path, [json.dumps(value, indent=1, ensure_ascii=False)])
 
 
 def near_duplicates(texts, threshold=0.8, width=5):
@@ -3069,73 +3077,56 @@ def run_python(state, code):
 
 DOMAINS = {
     "smart home": ("lights heating alarm kitchen garden laundry audio pool", """
-        lamp: height power mode; heater: heat hours level
-        camera: range power access; speaker: volume power side
-        curtain: length height status; fan: speed power pace"""),
+        lamp: height power mode; heater: heat hours level; camera: range power access
+        speaker: volume power side; curtain: length height status; fan: speed power pace"""),
     "transport": ("fleet trains ferry parcels taxi airline depot bikes", """
-        truck: load speed status; driver: hours fee grade
-        route: length hours pace; parcel: weight cost size
-        ticket: cost days kind; wagon: load length colour"""),
+        truck: load speed status; driver: hours fee grade; route: length hours pace
+        parcel: weight cost size; ticket: cost days kind; wagon: load length colour"""),
     "finance": ("broker bank funds loans payroll broking budget ledger", """
-        share: cost units kind; account: points fee access
-        loan: cost days level; order: units cost status
-        bond: cost days grade; invoice: cost days status"""),
+        share: cost units kind; account: points fee access; loan: cost days level
+        order: units cost status; bond: cost days grade; invoice: cost days status"""),
     "healthcare": ("clinic ward pharmacy dental surgery lab records therapy", """
-        patient: weight heat region; drug: units cost size
-        nurse: hours fee mode; scan: depth length status
-        visit: hours fee kind; bed: length height side"""),
+        patient: weight heat region; drug: units cost size; nurse: hours fee mode
+        scan: depth length status; visit: hours fee kind; bed: length height side"""),
     "education": ("school courses library exams campus tutoring grades dorms", """
-        pupil: points days level; lesson: length hours kind
-        book: pages cost age; test: points pages status
-        teacher: hours points grade; grant: cost days size"""),
+        pupil: points days level; lesson: length hours kind; book: pages cost age
+        test: points pages status; teacher: hours points grade; grant: cost days size"""),
     "software": ("tickets builds deploys tests repos servers logs releases", """
-        issue: points days status; build: hours pages age
-        server: load heat region; branch: depth length access
-        user: points days kind; service: load speed pace"""),
+        issue: points days status; build: hours pages age; server: load heat region
+        branch: depth length access; user: points days kind; service: load speed pace"""),
     "robots": ("arms drones rovers welding sorting cleaning mapping lab", """
-        robot: load power status; arm: length power side
-        sensor: range depth level; drone: height speed mode
-        gripper: power weight size; wheel: height speed side"""),
+        robot: load power status; arm: length power side; sensor: range depth level
+        drone: height speed mode; gripper: power weight size; wheel: height speed side"""),
     "industry": ("press foundry paint mill boiler assembly packing pumps", """
-        machine: heat power mode; pump: speed depth status
-        motor: power heat pace; tank: volume depth colour
-        belt: speed length pace; batch: units weight grade"""),
+        machine: heat power mode; pump: speed depth status; motor: power heat pace
+        tank: volume depth colour; belt: speed length pace; batch: units weight grade"""),
     "desktop": ("files mail calendar editor printer music photos backup", """
-        folder: depth pages access; message: pages length age
-        event: hours fee mode; song: length points kind
-        photo: height points colour; printer: pages speed status"""),
+        folder: depth pages access; message: pages length age; event: hours fee mode
+        song: length points kind; photo: height points colour; printer: pages speed status"""),
     "phone": ("contacts alarms steps camera wallet games messages maps", """
-        contact: points days access; reminder: hours days kind
-        app: points weight age; walk: length hours pace
-        card: points fee colour; chat: pages days access"""),
+        contact: points days access; reminder: hours days kind; app: points weight age
+        walk: length hours pace; card: points fee colour; chat: pages days access"""),
     "business": ("sales stores stock suppliers staff market reports support", """
-        client: points units size; product: cost weight colour
-        store: units volume region; report: pages length age
-        worker: hours load mode; offer: cost days status"""),
+        client: points units size; product: cost weight colour; store: units volume region
+        report: pages length age; worker: hours load mode; offer: cost days status"""),
     "web": ("shop blog forum banner forms search video news", """
-        page: length points access; post: pages points kind
-        coupon: points units grade; banner: height cost side
-        video: hours points size; form: pages units status"""),
+        page: length points access; post: pages points kind; coupon: points units grade
+        banner: height cost side; video: hours points size; form: pages units status"""),
     "legal": ("court notary contracts patents tax custody claims permits", """
-        case: pages days status; contract: pages fee kind
-        permit: fee days region; patent: pages fee age
-        witness: hours points side; fine: cost points level"""),
+        case: pages days status; contract: pages fee kind; permit: fee days region
+        patent: pages fee age; witness: hours points side; fine: cost points level"""),
     "energy": ("solar wind grid battery meters hydro fuel biogas", """
-        panel: power height side; turbine: height speed region
-        meter: load cost mode; cable: length load colour
-        charger: power speed pace; dam: height volume status"""),
+        panel: power height side; turbine: height speed region; meter: load cost mode
+        cable: length load colour; charger: power speed pace; dam: height volume status"""),
     "gaming": ("dungeon racing chess arena quests guild casino farm", """
-        knight: power speed grade; dragon: heat weight colour
-        castle: height depth region; potion: volume power size
-        wizard: power range level; quest: length points status"""),
+        knight: power speed grade; dragon: heat weight colour; castle: height depth region
+        potion: volume power size; wizard: power range level; quest: length points status"""),
     "farming": ("dairy orchard vineyard greenhouse poultry harvest irrigation beehives", """
-        cow: weight volume colour; field: length depth region
-        tractor: power load age; hive: weight units size
-        tree: height weight kind; barn: volume height side"""),
+        cow: weight volume colour; field: length depth region; tractor: power load age
+        hive: weight units size; tree: height weight kind; barn: volume height side"""),
     "property": ("rentals villas offices auctions mortgages surveys repairs tenants", """
-        flat: cost height side; house: height cost region
-        tenant: days points kind; plot: length cost size
-        lift: load speed pace; office: units fee colour"""),
+        flat: cost height side; house: height cost region; tenant: days points kind
+        plot: length cost size; lift: load speed pace; office: units fee colour"""),
 }
 FIELD_WORDS = {  # the fields that hold words, and the words that they can hold
     "mode": "day,night,off", "level": "low,middle,high", "size": "small,medium,large",
@@ -4224,8 +4215,7 @@ def write_tool_card(folder, about, specifications, accepted, rejected):
         for record in records:
             lines += ["", f"## {title}: {record['id']}", "", *record["verdict"]["reasons"][:1], "",
                       *(f"> {line}  " for line in readable(record["messages"]))]
-    with atomic(folder / "tools_card.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_lines(folder / "tools_card.md", lines)
 
 
 def make_trajectories(run, tok, out):
@@ -4459,24 +4449,17 @@ def own_dialogs(source, tok, skipped):
     """Dialogs in OpenAI's format, a JSON object {"messages", "tools"?} a line, of a .jsonl file or a folder
     of them. What cannot be rendered is skipped with one line that says where and why; lines with "text" are
     documents, for pretraining."""
-    root = Path(source)
-    if not root.exists():
-        raise UserError(f"--data {source}: there is no such file or folder")
-    for path in sorted(root.rglob("*.jsonl")) if root.is_dir() else [root] * (root.suffix == ".jsonl"):
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                if isinstance(record, dict) and "text" in record and "messages" not in record:
-                    continue
-                if fault := dialog_fault(record):
-                    raise ValueError(fault)
-                tok.render(record["messages"], record.get("tools"))
-            except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                skip(skipped, f"{path} line {number}: {error}, skipped")
-                continue
-            yield record
+    def is_dialog(record):
+        if isinstance(record, dict) and "text" in record and "messages" not in record:
+            return False
+        if fault := dialog_fault(record):
+            raise ValueError(fault)
+        tok.render(record["messages"], record.get("tools"))
+        return True
+
+    for path, _ in own_files(source):
+        if path.suffix == ".jsonl":
+            yield from (record for _, record in json_lines(path, skipped, is_dialog))
 
 
 def sft_sources(job):
@@ -4618,8 +4601,7 @@ def write_card(path, about, documents, rejected):
         lines += ["", "Rejected because:", "", *(f"- {why}: {n}" for why, n in sorted(reasons.items()))]
     for (domain, style), text in examples.items():
         lines += ["", f"## {domain}, {style}", "", *(f"> {line}" for line in text[:400].split("\n"))]
-    with atomic(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_lines(path, lines)
 
 
 def prepare_data(run, cfg, out):
