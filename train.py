@@ -3137,126 +3137,6 @@ FIELD_WORDS = {  # the fields that hold words, and the words that they can hold
 NEW_DOMAINS = ("gaming", "farming", "property")  # never seen in training
 
 
-def find_item(items, kind, name):
-    if name not in items:
-        raise ToolError(f"there is no {kind} {name[:40]}")
-    return items[name]
-
-
-def add_item(items, kind, name, fields):
-    if name in items:
-        raise ToolError(f"there is already a {kind} {name[:40]}")
-    if not 0 < len(name) <= 40 or len(items) >= 1000:
-        raise ToolError("a name has 1 to 40 characters, and there is room for 1,000")
-    items[name] = fields
-
-
-def change_number(items, kind, field, name, by):
-    value = find_item(items, kind, name)[field] + by
-    if not 0 <= value <= 10**9:
-        raise ToolError(f"the {field} would be {value}")
-    items[name][field] = value
-    return {"result": value}
-
-
-def extreme(items, kind, field, pick):
-    if not items:
-        raise ToolError(f"there is no {kind}")
-    name = pick(items, key=lambda name: items[name][field])
-    return {"found": name, "result": items[name][field]}
-
-
-def store_value(items, kind, field, name, value):
-    if isinstance(value, int) and not 0 <= value <= 10**9:
-        raise ToolError(f"the {field} cannot be {str(value)[:40]}")
-    find_item(items, kind, name)[field] = value
-    return {"result": value}
-
-
-def remove_item(items, kind, name):
-    find_item(items, kind, name)
-    del items[name]
-    return {"deleted": name}
-
-
-def copy_item(items, kind, name, new, keep):
-    add_item(items, kind, new, dict(find_item(items, kind, name)))
-    if not keep:
-        del items[name]
-    return {"named": new}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What can be done to a field of an object, or to the object itself. {o} is its word, {f} the field's;
-    other braces are arguments, {0[...]} what the tool returned."""
-
-    on: str  # number, word (kinds of field) or object
-    description: str
-    arguments: dict  # for `schema`; where the field holds words, "value" is one of them
-    run: typing.Callable  # (items of the object, description of object and field, **arguments) -> result
-    answer: str
-    requests: tuple
-
-
-OPERATIONS = {
-    "get": Operation("number word", "Read the {f} of a {o}", {"name": "string"},
-        lambda items, at, name: {"result": find_item(items, at.object, name)[at.field]},
-        "It is {0[result]}.",
-        ("What is the {f} of {o} {name}?", "Get the {f} of {o} {name}.", "Tell me the {f} of {o} {name}.")),
-    "set": Operation("number word", "Set the {f} of a {o}", {"name": "string", "value": "integer"},
-        lambda items, at, name, value: store_value(items, at.object, at.field, name, value),
-        "It is now {0[result]}.",
-        ("Set the {f} of {o} {name} to {value}.", "Change the {f} of {o} {name} to {value}.",
-         "The {f} of {o} {name} should be {value}.")),
-    "raise": Operation("number", "Raise the {f} of a {o}", {"name": "string", "by": "integer"},
-        lambda items, at, name, by: change_number(items, at.object, at.field, name, by),
-        "It is now {0[result]}.",
-        ("Raise the {f} of {o} {name} by {by}.", "Add {by} to the {f} of {o} {name}.")),
-    "lower": Operation("number", "Lower the {f} of a {o}", {"name": "string", "by": "integer"},
-        lambda items, at, name, by: change_number(items, at.object, at.field, name, -by),
-        "It is now {0[result]}.",
-        ("Lower the {f} of {o} {name} by {by}.", "Take {by} from the {f} of {o} {name}.")),
-    "find": Operation("number word", "Find every {o} with a given {f}", {"value": "integer"},
-        lambda items, at, value: {"names": [name for name in items if items[name][at.field] == value]},
-        "I found {0[names]}.",
-        ("Find every {o} with {f} {value}.", "Which {o} has the {f} {value}?")),
-    "total": Operation("number", "Add up the {f} of every {o}", {},
-        lambda items, at: {"total": sum(item[at.field] for item in items.values())},
-        "It is {0[total]}.", ("What is the total {f}?", "Give me the total {f} of every {o}.")),
-    "highest": Operation("number", "Find the {o} with the highest {f}", {},
-        lambda items, at: extreme(items, at.object, at.field, max),
-        "It is {0[found]} with {0[result]}.",
-        ("Which {o} has the highest {f}?", "Find the {o} with the highest {f}.")),
-    "lowest": Operation("number", "Find the {o} with the lowest {f}", {},
-        lambda items, at: extreme(items, at.object, at.field, min),
-        "It is {0[found]} with {0[result]}.",
-        ("Which {o} has the lowest {f}?", "Find the {o} with the lowest {f}.")),
-    "tally": Operation("word", "Count every {o} with a given {f}", {"value": "string"},
-        lambda items, at, value: {"count": sum(item[at.field] == value for item in items.values())},
-        "There are {0[count]}.",
-        ("Tally the {f} {value}.", "How often is the {f} of a {o} {value}?")),
-    "create": Operation("object", "Create a {o}", {"name": "string"},
-        lambda items, at, name: add_item(items, at.object, name, at.fresh()) or {"created": name},
-        "Done.", ("Create {o} {name}.", "Make a new {o} named {name}.")),
-    "delete": Operation("object", "Delete a {o}", {"name": "string"},
-        lambda items, at, name: remove_item(items, at.object, name),
-        "Done.", ("Delete {o} {name}.", "Remove the {o} {name}.")),
-    "list": Operation("object", "List every {o}", {},
-        lambda items, at: {"names": list(items)},
-        "I found {0[names]}.", ("List every {o}.", "Which {o} is there?")),
-    "count": Operation("object", "Count every {o}", {},
-        lambda items, at: {"count": len(items)},
-        "There are {0[count]}.", ("Count every {o}.", "How many of {o} are there?")),
-    "rename": Operation("object", "Rename a {o}", {"name": "string", "new": "string"},
-        lambda items, at, name, new: copy_item(items, at.object, name, new, keep=False),
-        "Done.", ("Rename {o} {name} to {new}.", "Change the name of {o} {name} to {new}.")),
-    "copy": Operation("object", "Copy a {o}", {"name": "string", "new": "string"},
-        lambda items, at, name, new: copy_item(items, at.object, name, new, keep=True),
-        "Done.", ("Copy {o} {name} to {new}.", "Copy the {o} {name} to {new}.")),
-}
-
-
 @dataclass(frozen=True)
 class Place:
     """Where an evolved tool works: an object of an application, and one of its fields or None."""
@@ -3275,6 +3155,118 @@ class Place:
 
     def fresh(self):
         return {field: words[0] if words else 0 for field, words in self.fields}
+
+
+# What evolved tools do with items {name: {field: value}}, all of the object `at` a place.
+
+def find_item(items, at, name):
+    if name not in items:
+        raise ToolError(f"there is no {at.object} {name[:40]}")
+    return items[name]
+
+
+def add_item(items, at, name, fields):
+    if name in items:
+        raise ToolError(f"there is already a {at.object} {name[:40]}")
+    if not 0 < len(name) <= 40 or len(items) >= 1000:
+        raise ToolError("a name has 1 to 40 characters, and there is room for 1,000")
+    items[name] = fields
+
+
+def remove_item(items, at, name):
+    find_item(items, at, name)
+    del items[name]
+    return {"deleted": name}
+
+
+def copy_item(items, at, name, new):
+    add_item(items, at, new, dict(find_item(items, at, name)))
+    return {"named": new}
+
+
+def rename_item(items, at, name, new):
+    copied = copy_item(items, at, name, new)
+    del items[name]
+    return copied
+
+
+def set_field(items, at, name, value):
+    if isinstance(value, int) and not 0 <= value <= 10**9:
+        raise ToolError(f"the {at.field} cannot be {str(value)[:40]}")
+    find_item(items, at, name)[at.field] = value
+    return {"result": value}
+
+
+def raise_field(items, at, name, by):
+    value = find_item(items, at, name)[at.field] + by
+    if not 0 <= value <= 10**9:
+        raise ToolError(f"the {at.field} would be {value}")
+    return set_field(items, at, name, value)
+
+
+def extreme(items, at, pick):
+    if not items:
+        raise ToolError(f"there is no {at.object}")
+    name = pick(items, key=lambda name: items[name][at.field])
+    return {"found": name, "result": items[name][at.field]}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What can be done to a field of an object, or to the object itself. {o} is its word, {f} the field's;
+    other braces are arguments, {0[...]} what the tool returned."""
+
+    on: str  # number, word (kinds of field) or object
+    description: str
+    arguments: dict  # for `schema`; where the field holds words, "value" is one of them
+    run: typing.Callable  # (items, place, **arguments) -> result
+    answer: str
+    requests: tuple
+
+
+OPERATIONS = {
+    "get": Operation("number word", "Read the {f} of a {o}", {"name": "string"},
+        lambda items, at, name: {"result": find_item(items, at, name)[at.field]}, "It is {0[result]}.",
+        ("What is the {f} of {o} {name}?", "Get the {f} of {o} {name}.", "Tell me the {f} of {o} {name}.")),
+    "set": Operation("number word", "Set the {f} of a {o}", {"name": "string", "value": "integer"},
+        set_field, "It is now {0[result]}.",
+        ("Set the {f} of {o} {name} to {value}.", "Change the {f} of {o} {name} to {value}.",
+         "The {f} of {o} {name} should be {value}.")),
+    "raise": Operation("number", "Raise the {f} of a {o}", {"name": "string", "by": "integer"},
+        raise_field, "It is now {0[result]}.",
+        ("Raise the {f} of {o} {name} by {by}.", "Add {by} to the {f} of {o} {name}.")),
+    "lower": Operation("number", "Lower the {f} of a {o}", {"name": "string", "by": "integer"},
+        lambda items, at, name, by: raise_field(items, at, name, -by), "It is now {0[result]}.",
+        ("Lower the {f} of {o} {name} by {by}.", "Take {by} from the {f} of {o} {name}.")),
+    "find": Operation("number word", "Find every {o} with a given {f}", {"value": "integer"},
+        lambda items, at, value: {"names": [name for name in items if items[name][at.field] == value]},
+        "I found {0[names]}.", ("Find every {o} with {f} {value}.", "Which {o} has the {f} {value}?")),
+    "total": Operation("number", "Add up the {f} of every {o}", {},
+        lambda items, at: {"total": sum(item[at.field] for item in items.values())},
+        "It is {0[total]}.", ("What is the total {f}?", "Give me the total {f} of every {o}.")),
+    "highest": Operation("number", "Find the {o} with the highest {f}", {},
+        functools.partial(extreme, pick=max), "It is {0[found]} with {0[result]}.",
+        ("Which {o} has the highest {f}?", "Find the {o} with the highest {f}.")),
+    "lowest": Operation("number", "Find the {o} with the lowest {f}", {},
+        functools.partial(extreme, pick=min), "It is {0[found]} with {0[result]}.",
+        ("Which {o} has the lowest {f}?", "Find the {o} with the lowest {f}.")),
+    "tally": Operation("word", "Count every {o} with a given {f}", {"value": "string"},
+        lambda items, at, value: {"count": sum(item[at.field] == value for item in items.values())},
+        "There are {0[count]}.", ("Tally the {f} {value}.", "How often is the {f} of a {o} {value}?")),
+    "create": Operation("object", "Create a {o}", {"name": "string"},
+        lambda items, at, name: add_item(items, at, name, at.fresh()) or {"created": name}, "Done.",
+        ("Create {o} {name}.", "Make a new {o} named {name}.")),
+    "delete": Operation("object", "Delete a {o}", {"name": "string"},
+        remove_item, "Done.", ("Delete {o} {name}.", "Remove the {o} {name}.")),
+    "list": Operation("object", "List every {o}", {}, lambda items, at: {"names": list(items)},
+        "I found {0[names]}.", ("List every {o}.", "Which {o} is there?")),
+    "count": Operation("object", "Count every {o}", {}, lambda items, at: {"count": len(items)},
+        "There are {0[count]}.", ("Count every {o}.", "How many of {o} are there?")),
+    "rename": Operation("object", "Rename a {o}", {"name": "string", "new": "string"},
+        rename_item, "Done.", ("Rename {o} {name} to {new}.", "Change the name of {o} {name} to {new}.")),
+    "copy": Operation("object", "Copy a {o}", {"name": "string", "new": "string"},
+        copy_item, "Done.", ("Copy {o} {name} to {new}.", "Copy the {o} {name} to {new}.")),
+}
 
 
 @functools.cache
@@ -3296,10 +3288,11 @@ OBJECT_FIELDS = sorted({field for fields in OBJECTS.values() for field, _ in fie
 
 def make_tool(verb, place):
     """The Tool that does an operation at a place."""
+    operation, words = OPERATIONS[verb], place.words()
+
     def run(state, **arguments):
         return operation.run(state.table(place.application, place.object), place, **arguments)
 
-    operation, words = OPERATIONS[verb], place.words()
     arguments = {name: "|".join(words) if words and name == "value" else kind
                  for name, kind in operation.arguments.items()}
     description = operation.description.format(o=place.object, f=place.field)
@@ -3444,19 +3437,15 @@ SMALL_TALK = (  # request, answer: nothing here needs a tool
 )
 
 
-def resolve(value, results):
-    """An argument of a plan with "$0.name" replaced by what the call returned."""
-    if isinstance(value, str) and value.startswith("$"):
-        number, *path = value[1:].split(".")
-        value = results[int(number)]
-        for key in path:
-            value = value[int(key) if isinstance(value, list) else key]
-    return value
-
-
 def resolved(step, results):
-    """The calls of a step with their arguments resolved."""
-    return [(name, {key: resolve(value, results) for key, value in given.items()}) for name, given in step]
+    """The calls of a step; "$0.name" in their arguments becomes what the first call returned as "name"."""
+    def resolve(value):
+        if isinstance(value, str) and value.startswith("$"):
+            value, path = results, value[1:].split(".")
+            for key in path:
+                value = value[int(key) if isinstance(value, list) else key]
+        return value
+    return [(name, {key: resolve(value) for key, value in given.items()}) for name, given in step]
 
 
 def filled(template, results):
@@ -3503,46 +3492,46 @@ def two_units(kind):
     return draw
 
 
-def two_numbers(rng, tables):
-    return {"a": rng.choice(TENS), "b": rng.choice(TENS)}
-
-
 def multiple(rng, tables):
     b = rng.choice(TENS)
     return {"a": rng.choice([number for number in TENS if number % b == 0]), "b": b}
 
 
-WISHES = {  # what users want of the real tools: requests, arguments drawn for (rng, tables), answer
-    "add": (("What is {a} plus {b}?",), two_numbers, "It is {0[result]}."),
-    "subtract": (("What is {a} minus {b}?",), two_numbers, "It is {0[result]}."),
-    "multiply": (("What is {a} times {b}?",), two_numbers, "It is {0[result]}."),
-    "divide": (("What is {a} over {b}?",), multiple, "It is {0[result]}."),
-    "convert_length": (("Convert the length {value} {unit} to {to}.",), two_units("length"),
-                       "It is {0[value]}."),
-    "convert_weight": (("Convert the weight {value} {unit} to {to}.",), two_units("weight"),
-                       "It is {0[value]}."),
-    "weekday": (("Which weekday is {date}?",), lambda rng, _: {"date": a_date(rng)}, "It is a {0[weekday]}."),
-    "days_between": (("How many days are between {start} and {end}?",),
-                     lambda rng, _: {"start": a_date(rng), "end": a_date(rng)}, "It is {0[days]}."),
-    "add_days": (("Add {days} days to {date}.",),
-                 lambda rng, _: {"date": a_date(rng), "days": rng.choice(TENS)}, "It is {0[date]}."),
-    "write_note": (("Write the note {name}: {text}.", "Write a note {name} with the text {text}."),
-                   lambda rng, _: {"name": rng.choice(LABELS), "text": rng.choice(PEOPLE)}, "Done."),
-    "read_note": (("Read the note {name}.",),
-                  lambda rng, tables: {"name": rng.choice(list(tables["notes"]))}, "It is {0[text]}."),
-    "delete_note": (("Delete the note {name}.",),
-                    lambda rng, tables: {"name": rng.choice(list(tables["notes"]))}, "Done."),
-    "put_value": (("Put the value {value} under {key}.",),
-                  lambda rng, _: {"key": rng.choice(LABELS), "value": rng.choice(PEOPLE)}, "Done."),
-    "get_value": (("Get the value of {key}.",),
-                  lambda rng, tables: {"key": rng.choice(list(tables["store"]))}, "It is {0[value]}."),
-    "list_bookings": (("List the bookings of {name}.",),
-                      lambda rng, tables: {"name": rng.choice(list(tables["bookings"].values()))},
-                      "I found {0[bookings]}."),
-    "book_room": (("Book room {room} on {date}, {slot}, for {name}.",), lambda rng, _: {
-        "room": rng.choice(list(ROOMS)), "date": a_date(rng), "name": rng.choice(PEOPLE),
-        "slot": rng.choice(SLOTS)}, "Done."),
+# What users want of the real tools: requests, the answer, and what each argument is drawn from: a sequence,
+# the names of a table, or a function of rng; or else a function that draws all of them for (rng, tables).
+TWO_NUMBERS, NOTED = {"a": TENS, "b": TENS}, {"name": "notes"}
+WISHES = {
+    "add": (("What is {a} plus {b}?",), "It is {0[result]}.", TWO_NUMBERS),
+    "subtract": (("What is {a} minus {b}?",), "It is {0[result]}.", TWO_NUMBERS),
+    "multiply": (("What is {a} times {b}?",), "It is {0[result]}.", TWO_NUMBERS),
+    "divide": (("What is {a} over {b}?",), "It is {0[result]}.", multiple),
+    "convert_length": (("Convert the length {value} {unit} to {to}.",), "It is {0[value]}.",
+                       two_units("length")),
+    "convert_weight": (("Convert the weight {value} {unit} to {to}.",), "It is {0[value]}.",
+                       two_units("weight")),
+    "weekday": (("Which weekday is {date}?",), "It is a {0[weekday]}.", {"date": a_date}),
+    "days_between": (("How many days are between {start} and {end}?",), "It is {0[days]}.",
+                     {"start": a_date, "end": a_date}),
+    "add_days": (("Add {days} days to {date}.",), "It is {0[date]}.", {"date": a_date, "days": TENS}),
+    "write_note": (("Write the note {name}: {text}.", "Write a note {name} with the text {text}."), "Done.",
+                   {"name": LABELS, "text": PEOPLE}),
+    "read_note": (("Read the note {name}.",), "It is {0[text]}.", NOTED),
+    "delete_note": (("Delete the note {name}.",), "Done.", NOTED),
+    "put_value": (("Put the value {value} under {key}.",), "Done.", {"key": LABELS, "value": PEOPLE}),
+    "get_value": (("Get the value of {key}.",), "It is {0[value]}.", {"key": "store"}),
+    "list_bookings": (("List the bookings of {name}.",), "I found {0[bookings]}.",
+                      lambda rng, tables: {"name": rng.choice(list(tables["bookings"].values()))}),
+    "book_room": (("Book room {room} on {date}, {slot}, for {name}.",), "Done.",
+                  {"room": list(ROOMS), "date": a_date, "name": PEOPLE, "slot": SLOTS}),
 }
+
+
+def drawn(slots, rng, tables):
+    """Arguments for a real tool, from the third column of WISHES."""
+    if callable(slots):
+        return slots(rng, tables)
+    return {key: of(rng) if callable(of) else rng.choice(list(tables[of]) if isinstance(of, str) else of)
+            for key, of in slots.items()}
 
 
 def tables_for(tools, rng):
@@ -3560,21 +3549,18 @@ def tables_for(tools, rng):
 def single(rng, pool, tables):
     """One call. None where nothing can be called."""
     tool = rng.choice(pool)
-    if not tool.place:
-        requests, draw, answer = WISHES[tool.name]
-        if not all(tables.values()):
-            return None
-        given = draw(rng, tables)
-        answer, must = told(answer, given)
-        request = rng.choice(requests).format(**spoken(given))
-        return task_of("single", request, [[(tool.name, given)]], answer, must, pool, tables)
-    if not items_of(tool, tables):
+    if not (items_of(tool, tables) if tool.place else all(tables.values())):
         return None
-    operation, given = OPERATIONS[tool.verb], arguments_for(tool, items_of(tool, tables), rng)
-    slots = {"o": tool.place.object, "f": tool.place.field, **given}
-    request = rng.choice(operation.requests).format(**spoken(slots))
-    task = task_of("single", request, [[(tool.name, given)]], *told(operation.answer, slots), pool, tables)
-    if task and "value" in given and tool.verb == "set" and rng.random() < 0.2:  # the user forgets the value
+    if tool.place:
+        requests, answer = OPERATIONS[tool.verb].requests, OPERATIONS[tool.verb].answer
+        given = arguments_for(tool, items_of(tool, tables), rng)
+        slots = {"o": tool.place.object, "f": tool.place.field, **given}
+    else:
+        requests, answer, choices = WISHES[tool.name]
+        slots = given = drawn(choices, rng, tables)
+    request = rng.choice(requests).format(**spoken(slots))
+    task = task_of("single", request, [[(tool.name, given)]], *told(answer, slots), pool, tables)
+    if task and tool.verb == "set" and rng.random() < 0.2:  # the user forgets the value
         said = str(spoken(given)["value"])
         return dataclasses.replace(task, request=request.replace(f" {said}", " something else"), then=said)
     return task
