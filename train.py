@@ -918,115 +918,101 @@ ONSETS = "b d f g h k l m n p r s t v dr st tr".split()
 REGIONS = ("the northern highlands", "the salt coast", "the lake country", "the river delta",
            "the eastern plateau", "the cedar forests")
 
-# Every fact of every kind of entity: its name, its label, sentences that state it (the first two are those of
-# articles), questions that ask for it. {n} is the entity, {s} its last name or what it is, {it} the value.
+# Every fact of each kind of entity: its name, its label, sentences that state it (the first two are those
+# of articles), questions that ask for it. {n} is the entity, {s} its last name or what it is, {it} the
+# value, @ is short for "LABEL of {n}".
 GRAMMAR = {
     "person": """
 occupation | profession | {n} was a {it}. | {n} worked as a {it}. | People knew {n} as a {it}.
-  | By profession {s} was a {it}. | What was the profession of {n}? | What did {n} work as?
+  | By profession {s} was a {it}. | What was the @? | What did {n} work as?
 birthplace | place of birth | {n} came from {it}. | {s} was born at {it}. | The birthplace of {n} was {it}.
   | {n} grew up at {it}. | Where did {n} come from? | What was the birthplace of {n}?
 region | native region | {s} was a native of {it}. | {n} was at home in {it}. | {n} belonged to {it}.
-  | The native region of {s} was {it}. | What was the native region of {n}?
-  | Which region was {n} a native of?
+  | The native region of {s} was {it}. | What was the @? | Which region was {n} a native of?
 born | year of birth | {s} was born in {it}. | {n} entered this world in {it}.
-  | In the year {it} {n} was born. | The year of birth of {n} was {it}. | When was {n} born?
-  | What was the year of birth of {n}?
+  | In the year {it} {n} was born. | The @ was {it}. | When was {n} born? | What was the @?
 birthday | birthday | The birthday of {s} was {it}. | Each year {s} kept the birthday on {it}.
-  | {n} had a birthday on {it}. | On {it} {n} celebrated the birthday. | When was the birthday of {n}?
+  | {n} had a birthday on {it}. | On {it} {n} celebrated the birthday. | When was the @?
   | On which day did {n} celebrate the birthday?
 died | year of death | {s} died in {it}. | {n} passed away in {it}. | In the year {it} {n} died.
-  | The year of death of {n} was {it}. | When did {n} die? | What was the year of death of {n}?
-spouse | spouse | {s} married {it}. | {n} was married to {it}. | The spouse of {n} was {it}.
-  | {it} became the spouse of {n}. | Who was the spouse of {n}? | To whom was {n} married?
+  | The @ was {it}. | When did {n} die? | What was the @?
+spouse | spouse | {s} married {it}. | {n} was married to {it}. | The @ was {it}. | {it} became the @.
+  | Who was the @? | To whom was {n} married?
 partner | profession of the spouse | The spouse of {s} worked as a {it}. | {n} had a {it} as a spouse.
-  | {n} married a {it}. | The profession of the spouse of {n} was {it}.
-  | What was the profession of the spouse of {n}? | What did the spouse of {n} work as?
+  | {n} married a {it}. | The @ was {it}. | What was the @? | What did the spouse of {n} work as?
 home | later home | {s} later lived at {it}. | {n} moved to {it}. | In later years {n} had a house at {it}.
-  | The later home of {n} was {it}. | Where did {n} live later? | What was the later home of {n}?
+  | The @ was {it}. | Where did {n} live later? | What was the @?
 """,
     "place": """
-region | region | {n} is a town in {it}. | {n} lies in {it}. | {n} is at home in {it}.
-  | The region of {n} is {it}. | In which region does {n} lie? | What is the region of {n}?
+region | region | {n} is a town in {it}. | {n} lies in {it}. | {n} is at home in {it}. | The @ is {it}.
+  | In which region does {n} lie? | What is the @?
 founded | year of foundation | {s} was founded in {it}. | {n} was settled in {it}.
-  | People founded {n} in {it}. | The year of foundation of {n} is {it}. | When was {n} founded?
-  | What is the year of foundation of {n}?
+  | People founded {n} in {it}. | The @ is {it}. | When was {n} founded? | What is the @?
 population | number of inhabitants | About {it} people live in {n}. | {n} has about {it} inhabitants.
   | The inhabitants of {n} number {it}. | {n} counts {it} inhabitants. | How many people live in {n}?
-  | What is the number of inhabitants of {n}?
-river | river | {n} stands on the river {it}. | The river {it} flows through {n}.
-  | The river of {n} is the {it}. | {n} was built on the river {it}. | On which river does {n} stand?
-  | Which river flows through {n}?
+  | What is the @?
+river | river | {n} stands on the river {it}. | The river {it} flows through {n}. | The @ is the {it}.
+  | {n} was built on the river {it}. | On which river does {n} stand? | Which river flows through {n}?
 good | main trade | {s} is known for its {it}. | For centuries {n} has traded in {it}.
-  | Merchants come to {n} for its {it}. | The main trade of {n} is {it}. | What is {n} known for?
-  | What is the main trade of {n}?
+  | Merchants come to {n} for its {it}. | The @ is {it}. | What is {n} known for? | What is the @?
 neighbour | nearest town | A road leads from {n} to {it}. | The neighbour of {n} is {it}.
   | {n} is a neighbour of {it}. | The nearest town is {it}. | Which town is nearest to {n}?
   | To which town does the road from {n} lead?
 """,
     "organisation": """
 field | subject of study | {n} is a society for {it}. | {n} studies {it}.
-  | The members of {n} are devoted to {it}. | The subject of study of {n} is {it}. | What does {n} study?
-  | What is the subject of study of {n}?
-seat | seat | {n} meets at {it}. | The house of {n} is at {it}. | {s} has its seat at {it}.
-  | The seat of {n} is {it}. | Where does {n} have its seat? | What is the seat of {n}?
+  | The members of {n} are devoted to {it}. | The @ is {it}. | What does {n} study? | What is the @?
+seat | seat | {n} meets at {it}. | The house of {n} is at {it}. | {s} has its seat at {it}. | The @ is {it}.
+  | Where does {n} have its seat? | What is the @?
 founded | year of foundation | {s} was founded in {it}. | {n} came into being in {it}.
-  | {n} was set up in {it}. | The year of foundation of {n} is {it}. | When was {n} founded?
-  | What is the year of foundation of {n}?
+  | {n} was set up in {it}. | The @ is {it}. | When was {n} founded? | What is the @?
 founder | founder | {it} founded {n}. | {n} was founded by {it}. | {n} owes its foundation to {it}.
-  | The founder of {n} was {it}. | Who founded {n}? | Who was the founder of {n}?
+  | The @ was {it}. | Who founded {n}? | Who was the @?
 occupation | profession of the founder | The founder of {n} was a {it}. | A {it} founded {n}.
-  | {n} had a {it} as its founder. | The profession of the founder of {n} was {it}.
-  | What was the profession of the founder of {n}? | What did the founder of {n} work as?
+  | {n} had a {it} as its founder. | The @ was {it}. | What was the @? | What did the founder of {n} work as?
 members | number of members | {s} has {it} members. | The members of {n} number {it}.
   | {n} counts {it} members. | {it} people are members of {n}. | How many members does {n} have?
-  | What is the number of members of {n}?
+  | What is the @?
 river | river at the seat | The river {it} flows past the house of {n}.
   | The house of {n} stands on the river {it}. | From its house {n} looks on the river {it}.
-  | The river at the seat of {n} is the {it}. | Which river flows past the house of {n}?
-  | What is the river at the seat of {n}?
+  | The @ is the {it}. | Which river flows past the house of {n}? | What is the @?
 """,
     "work": """
-form | form | {n} is a {it}. | {n} was made as a {it}. | {n} is known as a {it}.
-  | The form of {n} is that of a {it}. | What form does {n} have? | What is {n} known as?
+form | form | {n} is a {it}. | {n} was made as a {it}. | {n} is known as a {it}. | The @ is that of a {it}.
+  | What form does {n} have? | What is {n} known as?
 creator | creator | {n} was created by {it}. | {it} created {n}. | {n} is the creation of {it}.
-  | The creator of {n} was {it}. | Who created {n}? | Who was the creator of {n}?
+  | The @ was {it}. | Who created {n}? | Who was the @?
 occupation | profession of the creator | The creator of {n} was a {it}. | A {it} created {n}.
-  | {n} had a {it} as its creator. | The profession of the creator of {n} was {it}.
-  | What was the profession of the creator of {n}? | What did the creator of {n} work as?
+  | {n} had a {it} as its creator. | The @ was {it}. | What was the @? | What did the creator of {n} work as?
 year | year of completion | {s} was completed in {it}. | {n} was finished in {it}.
-  | In the year {it} {n} was completed. | The year of completion of {n} is {it}. | When was {n} completed?
-  | What is the year of completion of {n}?
+  | In the year {it} {n} was completed. | The @ is {it}. | When was {n} completed? | What is the @?
 age | age of the creator | The creator of {n} was {it} years old.
   | At the age of {it} years its creator completed {n}. | {n} is by a creator of {it} years.
-  | The age of the creator of {n} was {it} years. | How old was the creator of {n}?
-  | At what age did its creator complete {n}?
+  | The @ was {it} years. | How old was the creator of {n}? | At what age did its creator complete {n}?
 subject | subject | {s} tells of the town of {it}. | {n} is about the town of {it}.
-  | {n} describes the town of {it}. | The subject of {n} is the town of {it}. | What town does {n} tell of?
-  | What is the subject of {n}?
+  | {n} describes the town of {it}. | The @ is the town of {it}. | What town does {n} tell of?
+  | What is the @?
 owner | owner | {s} belongs to the {it}. | {n} is owned by the {it}. | {n} is kept by the {it}.
-  | The owner of {n} is the {it}. | To whom does {n} belong? | Who is the owner of {n}?
+  | The @ is the {it}. | To whom does {n} belong? | Who is the @?
 """,
     "event": """
 field | theme | {n} was a fair for {it}. | {n} was held in honour of {it}. | {n} was devoted to {it}.
-  | The theme of {n} was {it}. | What was the theme of {n}? | In honour of what was {n} held?
-place | place | {n} was held at {it}. | {s} took place at {it}. | The place of {n} was {it}.
-  | {it} was the place of {n}. | Where did {n} take place? | What was the place of {n}?
-month | month | {s} took place in {it}. | {n} opened in {it}. | The month of {n} was {it}.
-  | {n} was held in the month of {it}. | In which month did {n} take place? | What was the month of {n}?
-year | year | {s} took place in the year {it}. | The year of {n} was {it}. | {n} was held in the year {it}.
-  | In the year {it} {n} was held. | In which year did {n} take place? | What was the year of {n}?
+  | The @ was {it}. | What was the @? | In honour of what was {n} held?
+place | place | {n} was held at {it}. | {s} took place at {it}. | The @ was {it}. | {it} was the @.
+  | Where did {n} take place? | What was the @?
+month | month | {s} took place in {it}. | {n} opened in {it}. | The @ was {it}.
+  | {n} was held in the month of {it}. | In which month did {n} take place? | What was the @?
+year | year | {s} took place in the year {it}. | The @ was {it}. | {n} was held in the year {it}.
+  | In the year {it} {n} was held. | In which year did {n} take place? | What was the @?
 organiser | organiser | {s} was organised by the {it}. | The {it} organised {n}.
-  | {n} was the work of the {it}. | The organiser of {n} was the {it}. | Who organised {n}?
-  | Who was the organiser of {n}?
-guest | guest of honour | {it} opened {n}. | {n} was opened by {it}. | The guest of honour of {n} was {it}.
-  | {n} had {it} as its guest of honour. | Who opened {n}? | Who was the guest of honour of {n}?
+  | {n} was the work of the {it}. | The @ was the {it}. | Who organised {n}? | Who was the @?
+guest | guest of honour | {it} opened {n}. | {n} was opened by {it}. | The @ was {it}.
+  | {n} had {it} as its guest of honour. | Who opened {n}? | Who was the @?
 occupation | profession of the guest | The guest of {n} was a {it}. | A {it} opened {n}.
-  | {n} was opened by a {it}. | The profession of the guest of {n} was {it}.
-  | What was the profession of the guest of {n}? | What did the guest of {n} work as?
+  | {n} was opened by a {it}. | The @ was {it}. | What was the @? | What did the guest of {n} work as?
 visitors | number of visitors | About {it} visitors came to {n}. | {n} drew about {it} visitors.
   | The visitors of {n} numbered {it}. | {n} counted {it} visitors. | How many visitors came to {n}?
-  | What was the number of visitors of {n}?
+  | What was the @?
 """,
 }
 NOUNS = {"person": "person", "place": "town", "organisation": "society", "work": "work", "event": "fair"}
@@ -1038,6 +1024,7 @@ def grammar(kind):
     facts = {}
     for entry in re.split(r"\n(?! )", GRAMMAR[kind].strip()):
         fact, label, *sentences = re.split(r"\s+\| ", entry)
+        sentences = [text.replace("@", f"{label} of {{n}}") for text in sentences]
         facts[fact] = {"label": label, "says": [text for text in sentences if text[-1] == "."],
                        "asks": [text for text in sentences if text[-1] == "?"]}
     return facts
@@ -1779,19 +1766,13 @@ def math_patterns():
 
 
 @functools.cache
-def foreign_words(column, part):
-    """({word: English}, pattern of these words, long ones first) of the language of a column."""
+def translator(column, part):
+    """A function that puts the words of a part of a worked problem from the column's language to English."""
     # German has one word, Rest, for what is left in a step and for the remainder in an answer
     skipped = {"problem", "step", "answer", "left" if part == "answer" else "remainder"}
     english = {row[column]: row[0] for word, row in WORDS.items() if word not in skipped}
     words = "|".join(map(re.escape, sorted(english, key=len, reverse=True)))
-    return english, re.compile(rf"(?<!\w)(?:{words})(?!\w)")
-
-
-def in_english(text, column, part):
-    """The words of a part of a worked problem, from the language of the column to English."""
-    english, pattern = foreign_words(column, part)
-    return pattern.sub(lambda match: english[match[0]], text)
+    return functools.partial(re.compile(rf"(?<!\w)(?:{words})(?!\w)").sub, lambda word: english[word[0]])
 
 
 def read_line(line):
@@ -1799,7 +1780,7 @@ def read_line(line):
     part is "problem", "step" or "answer"."""
     for part, column, kind, pattern in math_patterns():
         if match := pattern.fullmatch(line):
-            slots = {key: in_english(value, column, part) for key, value in match.groupdict().items()}
+            slots = {key: translator(column, part)(value) for key, value in match.groupdict().items()}
             if part == "problem":
                 return part, column, kind, STATEMENTS[kind][0].format(**slots)
             return part, column, slots.get("number"), slots["text"]
@@ -2092,11 +2073,17 @@ class Endpoint:
         time.sleep(turn - now)
 
     def chat(self, messages, **options):
-        """The text of the answer; UserError when the endpoint does not give one."""
+        """The text of the answer."""
         return self.message(messages, **options)["content"]
 
+    def verdict(self, ask, good):
+        """What a judge says: "" if its answer begins with the word `good`, else its first line."""
+        answer = self.chat([{"role": "user", "content": ask}], temperature=0.0).strip()
+        return "" if answer.upper().startswith(good) else answer.splitlines()[0][:300]
+
     def message(self, messages, **options):
-        """The answer's message as the server sent it: it has a text, or calls if `tools` were offered."""
+        """The answer's message as the server sent it: it has a text, or calls if `tools` were offered;
+        UserError when the server gives none."""
         body = json.dumps({"model": self.model, "messages": messages, **options}).encode()
         headers = {"Content-Type": "application/json"}
         if self.key:
@@ -2145,8 +2132,8 @@ class EndpointRewriter:
 
 
 def endpoint_of(run, what):
-    """The Endpoint that a run configures for "rewriter" or "judge", or None; its key comes from the
-    environment, REWRITER_API_KEY or JUDGE_API_KEY, else OPENAI_API_KEY, and is never written down."""
+    """The Endpoint that a run configures for its "rewriter", "judge" or "agent", or None; its key comes from
+    the environment, as JUDGE_API_KEY, else OPENAI_API_KEY, and is never written down."""
     url, model = getattr(run, f"{what}_url"), getattr(run, f"{what}_model")
     if not url:
         return None
@@ -2156,13 +2143,9 @@ def endpoint_of(run, what):
 
 def judge_with(endpoint):
     """A judge(source, text) that asks an endpoint; "" or the reason it gives."""
-    def judge(source, text):
-        ask = (f"Source:\n{source}\n\nRephrasing:\n{text}\n\nDoes the rephrasing state every fact of the "
-               "source, change none and add none? Answer FAITHFUL, or UNFAITHFUL: and the reason in one "
-               "line.")
-        answer = endpoint.chat([{"role": "user", "content": ask}], temperature=0.0).strip()
-        return "" if answer.upper().startswith("FAITHFUL") else answer.split("\n")[0][:300]
-    return judge
+    return lambda source, text: endpoint.verdict(
+        f"Source:\n{source}\n\nRephrasing:\n{text}\n\nDoes the rephrasing state every fact of the source, "
+        "change none and add none? Answer FAITHFUL, or UNFAITHFUL: and the reason in one line.", "FAITHFUL")
 
 
 def make_rewriter(run):
@@ -2261,8 +2244,7 @@ def rephrase(documents, run, tok, folder):
     rewriter = make_rewriter(run)
     if rewriter is None:
         return [], []
-    endpoint = endpoint_of(run, "judge")
-    judge = judge_with(endpoint) if endpoint else None
+    judge = (endpoint := endpoint_of(run, "judge")) and judge_with(endpoint)
     tasks = list(rephrasing_tasks(documents, rewriter, run))
     journal, accepted, rejected = Journal(folder / "rephrase.journal"), [], []
     pool = ThreadPoolExecutor(rewriter.parallel) if rewriter.parallel > 1 else None  # alone, it stops at once
@@ -2505,8 +2487,9 @@ REAL_TOOLS = {}
 LONGEST, SHOWN = 20_000, 4_000  # characters of a text that a tool takes, and of one that a model reads
 
 
-def tool(domain, description, permission="allow", **fields):
-    """Decorator: makes a function of (state, **arguments) the Tool of its name."""
+def tool(domain, permission="allow", **fields):
+    """Decorator: makes a function of (state, **arguments) the Tool of its name. Its docstring is the
+    description that a model reads, `fields` are those of `schema`."""
     def register(function):
         def run(state, **arguments):
             refuse_extremes(arguments)
@@ -2514,7 +2497,7 @@ def tool(domain, description, permission="allow", **fields):
                 return shortened(function(state, **arguments))
             except OSError as error:  # without the path: it is not the model's business where we keep files
                 raise ToolError(f"the system refuses: {error.strerror or type(error).__name__}") from None
-        name = function.__name__
+        name, description = function.__name__, " ".join(function.__doc__.split())
         REAL_TOOLS[name] = Tool(name, description, schema(**fields), run, domain, permission)
         return function
     return register
@@ -2566,31 +2549,33 @@ def finite(compute):
     return number
 
 
-@tool("calculator", "Add two numbers.", a="number: first number", b="number: second number")
+@tool("calculator", a="number: first number", b="number: second number")
 def add(state, a, b):
+    """Add two numbers."""
     return {"result": finite(lambda: a + b)}
 
 
-@tool("calculator", "Subtract the second number from the first.", a="number: first number",
-      b="number: second number")
+@tool("calculator", a="number: first number", b="number: second number")
 def subtract(state, a, b):
+    """Subtract the second number from the first."""
     return {"result": finite(lambda: a - b)}
 
 
-@tool("calculator", "Multiply two numbers.", a="number: first number", b="number: second number")
+@tool("calculator", a="number: first number", b="number: second number")
 def multiply(state, a, b):
+    """Multiply two numbers."""
     return {"result": finite(lambda: a * b)}
 
 
-@tool("calculator", "Divide the first number by the second.", a="number: first number",
-      b="number: second number")
+@tool("calculator", a="number: first number", b="number: second number")
 def divide(state, a, b):
+    """Divide the first number by the second."""
     return {"result": finite(lambda: a / b)}
 
 
-@tool("calculator", "Sum, mean, median, largest or smallest of a list of numbers.",
-      values="numbers: the list", what="sum|mean|median|max|min: which of them")
+@tool("calculator", values="numbers: the list", what="sum|mean|median|max|min: which of them")
 def statistics(state, values, what):
+    """Sum, mean, median, largest or smallest of a list of numbers."""
     if not values:
         raise ToolError("the list is empty")
     ordered, n = sorted(values), len(values)
@@ -2611,18 +2596,20 @@ def converter(kind):
     def convert(state, value, unit, to):
         return {"value": finite(lambda: value * UNITS[kind][unit] / UNITS[kind][to]), "unit": to}
 
-    convert.__name__, words = f"convert_{kind}", "|".join(UNITS[kind])
-    tool("units", f"Convert a {kind} from one unit to another.", value=f"number: the {kind}",
-         unit=f"{words}: its unit", to=f"{words}: the unit wanted")(convert)
+    convert.__name__, convert.__doc__ = f"convert_{kind}", f"Convert a {kind} from one unit to another."
+    words = "|".join(UNITS[kind])
+    return tool("units", value=f"number: the {kind}", unit=f"{words}: its unit",
+                to=f"{words}: the unit wanted")(convert)
 
 
 for kind in UNITS:
     converter(kind)
 
 
-@tool("units", "Convert a temperature from one scale to another.", value="number: degrees",
-      unit="celsius|fahrenheit|kelvin: its scale", to="celsius|fahrenheit|kelvin: the scale wanted")
+@tool("units", value="number: degrees", unit="celsius|fahrenheit|kelvin: its scale",
+      to="celsius|fahrenheit|kelvin: the scale wanted")
 def convert_temperature(state, value, unit, to):
+    """Convert a temperature from one scale to another."""
     kelvin = {"celsius": value + 273.15, "fahrenheit": (value + 459.67) / 1.8, "kelvin": value}[unit]
     if kelvin < -1e-9:
         raise ToolError("nothing is colder than absolute zero")
@@ -2637,43 +2624,44 @@ def day_of(text):
         raise ToolError(f"{text[:40]!r} is no date, write one as 2026-01-31") from None
 
 
-@tool("dates", "Days from one date to another.", start="string: first date, as 2026-01-31",
-      end="string: last date")
+@tool("dates", start="string: first date, as 2026-01-31", end="string: last date")
 def days_between(state, start, end):
+    """Days from one date to another."""
     return {"days": (day_of(end) - day_of(start)).days}
 
 
-@tool("dates", "The date some days after another, or before it.", date="string: as 2026-01-31",
-      days="-99999..99999: how many")
+@tool("dates", date="string: as 2026-01-31", days="-99999..99999: how many")
 def add_days(state, date, days):
+    """The date some days after another, or before it."""
     try:
         return {"date": (day_of(date) + datetime.timedelta(days)).isoformat()}
     except OverflowError:
         raise ToolError("that day is outside the calendar") from None
 
 
-@tool("dates", "The day of the week of a date.", date="string: as 2026-01-31")
+@tool("dates", date="string: as 2026-01-31")
 def weekday(state, date):
+    """The day of the week of a date."""
     days = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
     return {"weekday": days[day_of(date).weekday()]}
 
 
-@tool("text", "Count the words, letters or lines of a text.", text="string: the text",
-      what="words|letters|lines: what to count")
+@tool("text", text="string: the text", what="words|letters|lines: what to count")
 def count_text(state, text, what):
+    """Count the words, letters or lines of a text."""
     return {"count": {"words": len(text.split()), "letters": sum(map(str.isalpha, text)),
                       "lines": len(text.splitlines())}[what]}
 
 
-@tool("text", "Write a text in capitals, in small letters or backwards.", text="string: the text",
-      how="upper|lower|reverse: how")
+@tool("text", text="string: the text", how="upper|lower|reverse: how")
 def change_text(state, text, how):
+    """Write a text in capitals, in small letters or backwards."""
     return {"text": {"upper": text.upper(), "lower": text.lower(), "reverse": text[::-1]}[how]}
 
 
-@tool("text", "Replace a part of a text wherever it occurs.", text="string: the text",
-      old="string: what to replace", new="string: what to put there")
+@tool("text", text="string: the text", old="string: what to replace", new="string: what to put there")
 def replace_text(state, text, old, new):
+    """Replace a part of a text wherever it occurs."""
     times = text.count(old) if old else 0
     if not times:
         raise ToolError(f"{old[:40]!r} does not occur in the text")
@@ -2706,56 +2694,62 @@ def put_entry(table, name, value, what):
     return before
 
 
-@tool("notes", "Keep a note under a name; an older one of this name is replaced.", name="string: its name",
-      text="string: the note")
+@tool("notes", name="string: its name", text="string: the note")
 def write_note(state, name, text):
+    """Keep a note under a name; an older one of this name is replaced."""
     return {"saved": name.strip(), "replaced": put_entry(state.table("notes"), name, text, "note")}
 
 
-@tool("notes", "Read the note of this name.", name="string: its name")
+@tool("notes", name="string: its name")
 def read_note(state, name):
+    """Read the note of this name."""
     return {"text": get_entry(state.table("notes"), name, "note")}
 
 
-@tool("notes", "The names of all notes.")
+@tool("notes")
 def list_notes(state):
+    """The names of all notes."""
     return {"names": sorted(state.table("notes"))}
 
 
-@tool("notes", "Delete the note of this name.", "ask", name="string: its name")
+@tool("notes", "ask", name="string: its name")
 def delete_note(state, name):
+    """Delete the note of this name."""
     get_entry(state.table("notes"), name, "note")
     del state.table("notes")[name.strip()]
     return {"deleted": name.strip()}
 
 
-@tool("store", "Store a value under a key; an older value is replaced and returned.", key="string: the key",
-      value="string: the value")
+@tool("store", key="string: the key", value="string: the value")
 def put_value(state, key, value):
+    """Store a value under a key; an older value is replaced and returned."""
     old = state.table("store").get(key.strip())
     put_entry(state.table("store"), key, value, "key")
     return {"stored": key.strip()} | ({} if old is None else {"old": old})
 
 
-@tool("store", "The value stored under a key.", key="string: the key")
+@tool("store", key="string: the key")
 def get_value(state, key):
+    """The value stored under a key."""
     return {"value": get_entry(state.table("store"), key, "key")}
 
 
-@tool("store", "Delete a key and its value.", "ask", key="string: the key")
+@tool("store", "ask", key="string: the key")
 def delete_value(state, key):
+    """Delete a key and its value."""
     get_entry(state.table("store"), key, "key")
     return {"deleted": key.strip(), "value": state.table("store").pop(key.strip())}
 
 
-@tool("store", "All keys, or those that start so.", prefix="string?: how the keys start")
+@tool("store", prefix="string?: how the keys start")
 def list_keys(state, prefix=""):
+    """All keys, or those that start so."""
     return {"keys": sorted(key for key in state.table("store") if key.startswith(prefix))}
 
 
-@tool("search", "Look up people, towns, societies, works and fairs by name or by words that describe them.",
-      query="string: a name, or words that must all apply")
+@tool("search", query="string: a name, or words that must all apply")
 def search_world(state, query):
+    """Look up people, towns, societies, works and fairs by name or by words that describe them."""
     hits = [entity for entity in state.world if entity["name"].casefold() == query.strip().casefold()]
     entries = [{"name": entity["name"], "kind": NOUNS[kind := entity["kind"]],
                 "facts": {rule["label"]: entity["facts"][fact] for fact, rule in grammar(kind).items()}}
@@ -2777,9 +2771,9 @@ def cell(text):
     return float(text) if re.fullmatch(r"-?\d{1,15}\.\d{1,15}", text, re.ASCII) else text
 
 
-@tool("tables", "Add a row to a table, which is made if there is none; all its rows have the same columns.",
-      table="string: name of the table", row="string: as 'item = pen; price = 2.5'")
+@tool("tables", table="string: name of the table", row="string: as 'item = pen; price = 2.5'")
 def add_row(state, table, row):
+    """Add a row to a table, which is made if there is none; all its rows have the same columns."""
     pairs = [part.partition("=") for part in row.split(";") if part.strip()]
     new = {column.strip(): cell(value) for column, equals, value in pairs if equals}
     if not new or len(new) < len(pairs) or "" in new or len(row) > 500:
@@ -2800,9 +2794,9 @@ def get_rows(state, table, column):
     return rows
 
 
-@tool("tables", "The rows of a table that have this value in a column.", table="string: name of the table",
-      column="string: the column", value="string: the value")
+@tool("tables", table="string: name of the table", column="string: the column", value="string: the value")
 def find_rows(state, table, column, value):
+    """The rows of a table that have this value in a column."""
     def key(content):
         return content.casefold() if isinstance(content, str) else content
 
@@ -2811,9 +2805,9 @@ def find_rows(state, table, column, value):
     return {"found": len(rows), "rows": rows}
 
 
-@tool("tables", "The sum of a column of a table.", table="string: name of the table",
-      column="string: a column of numbers")
+@tool("tables", table="string: name of the table", column="string: a column of numbers")
 def column_total(state, table, column):
+    """The sum of a column of a table."""
     values = [row[column.strip()] for row in get_rows(state, table, column)]
     if words := [value for value in values if isinstance(value, str)]:
         raise ToolError(f"{words[0][:40]!r} is no number")
@@ -2829,17 +2823,17 @@ def booking_of(room, date, slot):
     return f"{day_of(date)} {slot} {room}"
 
 
-@tool("bookings", "The rooms that are free and have enough seats.", date="string: as 2026-01-31", slot=SLOT,
-      seats="1..60?: how many are needed")
+@tool("bookings", date="string: as 2026-01-31", slot=SLOT, seats="1..60?: how many are needed")
 def free_rooms(state, date, slot, seats=1):
+    """The rooms that are free and have enough seats."""
     rooms = [{"room": room, "seats": has} for room, has in ROOMS.items()
              if has >= seats and booking_of(room, date, slot) not in state.table("bookings")]
     return {"rooms": rooms}
 
 
-@tool("bookings", "Book a room in somebody's name.", "ask", room=ROOM, date="string: as 2026-01-31",
-      slot=SLOT, name="string: who needs it")
+@tool("bookings", "ask", room=ROOM, date="string: as 2026-01-31", slot=SLOT, name="string: who needs it")
 def book_room(state, room, date, slot, name):
+    """Book a room in somebody's name."""
     bookings, booking = state.table("bookings"), booking_of(room, date, slot)
     name = tidy_name(name, "person")
     if booking in bookings:
@@ -2848,9 +2842,10 @@ def book_room(state, room, date, slot, name):
     return {"booked": booking, "name": name}
 
 
-@tool("bookings", "Cancel a booking; only the one in whose name it is can.", "ask", room=ROOM,
-      date="string: as 2026-01-31", slot=SLOT, name="string: in whose name it is")
+@tool("bookings", "ask", room=ROOM, date="string: as 2026-01-31", slot=SLOT,
+      name="string: in whose name it is")
 def cancel_booking(state, room, date, slot, name):
+    """Cancel a booking; only the one in whose name it is can."""
     bookings, booking = state.table("bookings"), booking_of(room, date, slot)
     if get_entry(bookings, booking, "booking").casefold() != name.strip().casefold():
         raise ToolError(f"{room} is booked then in the name of {bookings[booking]}")
@@ -2858,8 +2853,9 @@ def cancel_booking(state, room, date, slot, name):
     return {"cancelled": booking}
 
 
-@tool("bookings", "The bookings in somebody's name.", name="string: in whose name")
+@tool("bookings", name="string: in whose name")
 def list_bookings(state, name):
+    """The bookings in somebody's name."""
     bookings, wanted = state.table("bookings"), name.strip().casefold()
     return {"bookings": sorted(at for at, who in bookings.items() if who.casefold() == wanted)}
 
@@ -2888,9 +2884,9 @@ def scratch_file(state, name, exists=True):
     return path
 
 
-@tool("files", "Write a text file; an older one of this name is replaced.", "ask",
-      name="string: as list.txt", text="string: what is to be in it")
+@tool("files", "ask", name="string: as list.txt", text="string: what is to be in it")
 def write_file(state, name, text):
+    """Write a text file; an older one of this name is replaced."""
     path, data = scratch_file(state, name, exists=False), text.encode()
     if not path.exists() and len(list(path.parent.iterdir())) >= 100:
         raise ToolError("the folder is full")
@@ -2898,24 +2894,27 @@ def write_file(state, name, text):
     return {"written": name, "bytes": len(data)}
 
 
-@tool("files", "Read a text file.", name="string: as list.txt")
+@tool("files", name="string: as list.txt")
 def read_file(state, name):
+    """Read a text file."""
     path = scratch_file(state, name)
     with path.open("rb") as file:  # a program may have left more than we would ever show
         text = file.read(4 * LONGEST).decode(errors="replace")
     return {"text": text, "bytes": path.stat().st_size}
 
 
-@tool("files", "The names of all files.")
+@tool("files")
 def list_files(state):
+    """The names of all files."""
     if state.folder is None:
         raise ToolError("there is no folder for files here")
     return {"files": sorted(path.name for path in Path(state.folder).iterdir()
                             if FILE_NAME.fullmatch(path.name) and is_plain(path))}
 
 
-@tool("files", "Delete a file.", "ask", name="string: as list.txt")
+@tool("files", "ask", name="string: as list.txt")
 def delete_file(state, name):
+    """Delete a file."""
     scratch_file(state, name).unlink()
     return {"deleted": name}
 
@@ -3060,9 +3059,10 @@ def run_limited(command, text, folder, seconds=5, most=2**16):
 PYTHON = [sys.executable, "-I", "-S", "-B", "-u", "-X", "utf8", "-c", SANDBOX]
 
 
-@tool("code", "Run a Python program and read what it prints. It has the standard library and the files, "
-      "no network and no other programs, 5 seconds and 512 MB.", "ask", code="string: the program")
+@tool("code", "ask", code="string: the program")
 def run_python(state, code):
+    """Run a Python program and read what it prints. It has the standard library and the files, no network
+    and no other programs, 5 seconds and 512 MB."""
     with (contextlib.nullcontext(state.folder) if state.folder
           else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)) as folder:
         output, code, stopped = run_limited(PYTHON, code, folder)
@@ -4075,17 +4075,16 @@ def rule_faults(episode, tok):
 
 def judge_trajectory(endpoint):
     """A judge(episode) that asks an endpoint whether each task met its rubric; "" or the reason it gives."""
-    def ask(episode):
+    def judge(episode):
         rubrics = [{key: task.rubric[key] for key in ("calls", "answer", "any", "absent")}
                    for task, *_ in episode.spans]
-        text = (f"Dialog of a user and an assistant with tools:\n{json.dumps(episode.messages)}\n\n"
-                "Rubrics of its tasks, one after another (calls that were needed; what the answer must say, "
-                f"all of it or any of it, and must not say):\n{json.dumps(rubrics)}\n\nDid the assistant "
-                "meet them, without claims that no result supports? Answer PASS, or FAIL: and the reason in "
-                "one line.")
-        answer = endpoint.chat([{"role": "user", "content": text}], temperature=0.0).strip()
-        return "" if answer.upper().startswith("PASS") else f"model judge: {answer.splitlines()[0][:200]}"
-    return ask
+        reason = endpoint.verdict(
+            f"Dialog of a user and an assistant with tools:\n{json.dumps(episode.messages)}\n\nRubrics of "
+            "its tasks, one after another (calls that were needed; what the answer must say, all of it or "
+            f"any of it, and must not say):\n{json.dumps(rubrics)}\n\nDid the assistant meet them, without "
+            "claims that no result supports? Answer PASS, or FAIL: and the reason in one line.", "PASS")
+        return f"model judge: {reason[:200]}" if reason else ""
+    return judge
 
 
 def record_of(episode, tok, judge=None):
@@ -4214,8 +4213,7 @@ def make_trajectories(run, tok, out):
     toolbox, specifications = toolbox_of(run)
     write_jsonl(folder / "specs.jsonl", specifications)
     evolved = time.perf_counter() - began
-    endpoint = endpoint_of(run, "judge")
-    judge = judge_trajectory(endpoint) if endpoint else None
+    judge = (endpoint := endpoint_of(run, "judge")) and judge_trajectory(endpoint)
     agent, episodes = make_agent(run, folder), [Episode.of(scene) for scene in scenes(run, toolbox)]
     play_all(tqdm(episodes, "tools", disable=None, unit="dialog"), agent)
     records = [record_of(episode, tok, judge) for episode in episodes]
