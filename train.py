@@ -590,16 +590,15 @@ def library_files():
                 yield ".".join(parts + [name] * (name != "__init__")), path
 
 
-def is_string(statement):
-    return isinstance(statement, ast.Expr) and isinstance(getattr(statement.value, "value", None), str)
-
 
 def docstrings(node, name):
     """Yields (heading, body, statements) for each docstring under node, in source order."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         name = f"{name}.{node.name}" if hasattr(node, "name") else name
         # a second string would be the docstring once the first is cut
-        if strings := list(itertools.takewhile(is_string, node.body)):
+        strings = list(itertools.takewhile(lambda statement: isinstance(statement, ast.Expr) and isinstance(
+            getattr(statement.value, "value", None), str), node.body))
+        if strings:
             arguments = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
             yield name + arguments, node.body, strings
     for child in ast.iter_child_nodes(node):
@@ -688,19 +687,13 @@ def code_documents():
 LANGUAGES = ("english", "korean", "chinese", "german")
 WORDS = {
     "problem": ("Problem: ", "문제: ", "题目：", "Aufgabe: "),
-    "step": ("Step ", "단계 ", "步骤 ", "Schritt "),
-    "answer": ("Answer: ", "답: ", "答案：", "Antwort: "),
-    "ones": ("ones", "일의 자리", "个位", "Einer"),
-    "tens": ("tens", "십의 자리", "十位", "Zehner"),
+    "step": ("Step ", "단계 ", "步骤 ", "Schritt "), "answer": ("Answer: ", "답: ", "答案：", "Antwort: "),
+    "ones": ("ones", "일의 자리", "个位", "Einer"), "tens": ("tens", "십의 자리", "十位", "Zehner"),
     "hundreds": ("hundreds", "백의 자리", "百位", "Hunderter"),
-    "together": ("together", "합계", "合计", "zusammen"),
-    "left": ("left", "남은 수", "剩余", "Rest"),
-    "remainder": ("remainder", "나머지", "余", "Rest"),
-    "simplify": ("simplify", "약분", "约分", "kürzen"),
-    "compare": ("compare", "비교", "比较", "vergleichen"),
-    "apples": ("apples", "사과", "苹果", "Äpfel"),
-    "pears": ("pears", "배", "梨", "Birnen"),
-    "lemons": ("lemons", "레몬", "柠檬", "Zitronen"),
+    "together": ("together", "합계", "合计", "zusammen"), "left": ("left", "남은 수", "剩余", "Rest"),
+    "remainder": ("remainder", "나머지", "余", "Rest"), "simplify": ("simplify", "약분", "约分", "kürzen"),
+    "compare": ("compare", "비교", "比较", "vergleichen"), "apples": ("apples", "사과", "苹果", "Äpfel"),
+    "pears": ("pears", "배", "梨", "Birnen"), "lemons": ("lemons", "레몬", "柠檬", "Zitronen"),
     "eggs": ("eggs", "달걀", "鸡蛋", "Eier"),
 }
 ITEMS = ("apples", "pears", "lemons", "eggs")
@@ -2347,7 +2340,7 @@ JSON_TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": 
 def misfit(value, rule, where="arguments"):
     """Why a JSON value does not fit a schema, or "". Of JSON schema, what tool declarations use: type, enum,
     minimum, maximum, items, properties, required. Arguments that are not declared do not fit."""
-    kind = rule.get("type")
+    kind, parts = rule.get("type"), ()
     if kind in JSON_TYPES and (not isinstance(value, JSON_TYPES[kind])
                                or isinstance(value, bool) and kind in ("integer", "number")):
         return f"{where} must be of type {kind}, got {json.dumps(value, ensure_ascii=False)[:60]}"
@@ -2369,8 +2362,6 @@ def misfit(value, rule, where="arguments"):
         if unknown := [name for name in value if name not in known]:
             return f"{where} have no {unknown[0][:60]!r}; there are: {', '.join(known) or 'none'}"
         parts = [(item, known[name], f"{where}.{name}") for name, item in value.items()]
-    else:
-        parts = []
     return next(filter(None, (misfit(*part) for part in parts)), "")
 
 
@@ -2481,26 +2472,11 @@ def goes_on(part, message):
 
 # --- real tools: written by hand, each does what it says ---
 # A tool gets what a model wrote: whatever its schema lets through must end in a JSON value or a ToolError.
-# What any of them has to fear is dealt with once, in `tool`: huge arguments, broken Unicode, long results.
+# What any of them has to fear is dealt with once, in `tool`: huge arguments, long results, a system's errors.
 
 REAL_TOOLS = {}
 LONGEST, SHOWN = 20_000, 4_000  # characters of a text that a tool takes, and of one that a model reads
 
-
-def tool(domain, permission="allow", **fields):
-    """Decorator: makes a function of (state, **arguments) the Tool of its name. Its docstring is the
-    description that a model reads, `fields` are those of `schema`."""
-    def register(function):
-        def run(state, **arguments):
-            refuse_extremes(arguments)
-            try:
-                return shortened(function(state, **arguments))
-            except OSError as error:  # without the path: it is not the model's business where we keep files
-                raise ToolError(f"the system refuses: {error.strerror or type(error).__name__}") from None
-        name, description = function.__name__, " ".join(function.__doc__.split())
-        REAL_TOOLS[name] = Tool(name, description, schema(**fields), run, domain, permission)
-        return function
-    return register
 
 
 def refuse_extremes(arguments):
@@ -2510,12 +2486,11 @@ def refuse_extremes(arguments):
         if len(values) > 1000:
             raise ToolError(f"{name} has more than 1,000 entries")
         for part in values:
-            if isinstance(part, str):
-                if len(part) > LONGEST:
-                    raise ToolError(f"{name} has more than {LONGEST:,} characters")
-                if re.search("[\ud800-\udfff]", part):  # JSON can write half of a character, UTF-8 cannot
-                    raise ToolError(f"{name} is not valid Unicode")
-            elif isinstance(part, int) and abs(part) > 10**15:  # floats end by themselves, integers never
+            if isinstance(part, str) and len(part) > LONGEST:
+                raise ToolError(f"{name} has more than {LONGEST:,} characters")
+            if isinstance(part, str) and part != whole_characters(part):
+                raise ToolError(f"{name} is not valid Unicode")
+            if isinstance(part, int) and abs(part) > 10**15:  # floats end by themselves, integers never
                 raise ToolError(f"{name} is too large a whole number")
 
 
@@ -2533,6 +2508,22 @@ def shortened(result):
             result[key] = value[:fits]
             result["cut"] = f"{key} has {len(value):,} {what}, these are the first {fits:,}"
     return result
+
+
+def tool(domain, permission="allow", **fields):
+    """Decorator: makes a function of (state, **arguments) the Tool of its name. Its docstring is the
+    description that a model reads, `fields` are those of `schema`."""
+    def register(function):
+        def run(state, **arguments):
+            refuse_extremes(arguments)
+            try:
+                return shortened(function(state, **arguments))
+            except OSError as error:  # without the path: it is not the model's business where we keep files
+                raise ToolError(f"the system refuses: {error.strerror or type(error).__name__}") from None
+        name, description = function.__name__, " ".join(function.__doc__.split())
+        REAL_TOOLS[name] = Tool(name, description, schema(**fields), run, domain, permission)
+        return function
+    return register
 
 
 def finite(compute):
@@ -2679,6 +2670,7 @@ def get_entry(table, name, what):
 
 
 def tidy_name(name, what):
+    """The name without blanks around it, if it can be one."""
     name = name.strip()
     if not 0 < len(name) <= 80 or not name.isprintable():
         raise ToolError(f"the name of a {what} must have 1 to 80 characters on one line")
@@ -3319,8 +3311,7 @@ def evolved_tool(name):
 # Copying is what a toy learns last. It is learned first where the source is one token, told by its kind and
 # unlike its copy: " Fox" in a request is another token than the "Fox" of a call. Where both are the same,
 # copies made earlier drown the source: so users say numbers in words. Every word and number has to be met
-# often enough: so they are few, and numbers are tens, whose sums are tens. Of 24 names none was copied after
-# 300 steps of drills; 12 are after 400, with lists of mixed words to copy and three times the learning rate.
+# often enough: so they are few, and numbers are tens, whose sums are tens.
 LABELS = "Fox Owl Elk Bear Wolf Hare Lynx Mole Crow Swan Toad Seal".split()
 TENS = range(10, 100, 10)
 NUMBERS = dict(zip(TENS, "ten twenty thirty forty fifty sixty seventy eighty ninety".split()))
@@ -3329,6 +3320,7 @@ PEOPLE = "Ada Ben Eva Tom Mia Leo Zoe Max Ida Sam Amy Dan".split()
 
 
 def a_date(rng):
+    """A day of 2026 that DAYS has a word for."""
     return f"2026-{rng.randrange(1, 13):02}-{rng.randrange(1, 13):02}"
 
 
@@ -3417,16 +3409,14 @@ FAULTS = {  # what the simulated tools can do wrong, and whether the task can be
 CHAINS = (  # request, calls (verb, field f or g, arguments), answer; {x} is highest or lowest
     ("Set the {g} of the {o} with the {x} {f} to {value}.",
      ("{x} f", "set g name=$0.found value={value}"), "It is now {1[result]}."),
-    ("What is the {g} of the {o} with the {x} {f}?",
-     ("{x} f", "get g name=$0.found"), "It is {1[result]}."),
+    ("What is the {g} of the {o} with the {x} {f}?", ("{x} f", "get g name=$0.found"), "It is {1[result]}."),
     ("Delete the {o} with the {x} {f}.", ("{x} f", "delete - name=$0.found"), "Done."),
     ("Set the {f} of {o} {other} to that of {o} {name}.",
      ("get f name={name}", "set f name={other} value=$0.result"), "It is now {1[result]}."),
     ("What is the {g} of the {o} with {f} {held}?",
      ("find f value={held}", "get g name=$0.names.0"), "It is {1[result]}."),
     ("Set the {g} of {o} {other} to that of the {o} with the {x} {f}.",
-     ("{x} f", "get g name=$0.found", "set g name={other} value=$1.result"),
-     "It is now {2[result]}."),
+     ("{x} f", "get g name=$0.found", "set g name={other} value=$1.result"), "It is now {2[result]}."),
 )
 SMALL_TALK = (  # request, answer: nothing here needs a tool
     ("Hello, I am {who}.", "{who}, how can I help?"),
@@ -3479,6 +3469,7 @@ def task_of(kind, request, plan, answer, must, tools, tables):
 
 
 def items_of(tool, tables):
+    """The objects that an evolved tool works on."""
     return tables[tool.place.application][tool.place.object]
 
 
@@ -3655,10 +3646,8 @@ KINDS = {"single": single, "multi": multi, "parallel": parallel, "none": none, "
          "failing": failing}
 AGENTS = ("You help with {}.", "You work in {}.", "Assistant for {}.")
 PERSONAS = {  # how a user words a request
-    "plain": ("{}",),
-    "polite": ("Please: {}", "{} Thank you!"),
-    "chatty": ("Hello! {}", "Busy day today. {}"),
-    "hasty": ("{} Now.", "Quick: {}"),
+    "plain": ("{}",), "polite": ("Please: {}", "{} Thank you!"),
+    "chatty": ("Hello! {}", "Busy day today. {}"), "hasty": ("{} Now.", "Quick: {}"),
 }
 
 
@@ -3812,8 +3801,6 @@ class Episode:
     def task(self):
         return self.spans[-1][0]
 
-    def since_request(self):
-        return self.messages[self.spans[-1][1] :]
 
 
 def play_all(episodes, agent, at_once=64):
@@ -3845,7 +3832,7 @@ def say(text):
 
 
 def rounds_of(messages):
-    """[[result of each call] of each message that calls]."""
+    """[[result of each call] of each message that calls], in turn."""
     returned = {message["tool_call_id"]: json.loads(message["content"]) for message in messages
                 if message["role"] == "tool"}
     return [[returned[call["id"]] for call in message["tool_calls"]] for message in messages
@@ -3915,10 +3902,11 @@ class Teacher:
 
     def right(self, episode):
         """What a faultless agent says next."""
-        task, said = episode.task, episode.since_request()
+        task, start, *_ = episode.spans[-1]
+        said, results = episode.messages[start:], []
         if task.then and len(said) == 1:
             return say("To which value?")
-        rounds, results = rounds_of(said), []  # what each message with calls got back, in turn
+        rounds = rounds_of(said)
         for step in task.plan:
             ready = resolved(step, results)
             for _ in range(4):
@@ -4357,18 +4345,14 @@ SFT_WEIGHTS = {  # shares of the tokens
     "tools": 0.45, "pages": 0.22, "chat": 0.02, "knowledge": 0.03, "math": 0.06, "critic": 0.08,
     "instruction": 0.05, "faithful": 0.04, "code": 0.02, "safety": 0.02, "subjective": 0.01}
 CHAT = (  # talk of which nothing is looked up
-    ("Hello!", "Hello! How can I help?"),
-    ("Hi, I am {who}.", "{who}, how can I help?"),
+    ("Hello!", "Hello! How can I help?"), ("Hi, I am {who}.", "{who}, how can I help?"),
     ("Good morning.", "Good morning! What can I do for you?"),
     ("Who are you?", "I am Kimi, a very small model of my kind."),
     ("What is your name?", "My name is Kimi."),
     ("What can you do?", "I can answer questions, work out small problems and call tools."),
-    ("My name is {who}. What is my name?", "{who} is your name."),
-    ("Say the word {who}.", "{who}."),
-    ("Thank you.", "You are welcome."),
-    ("Thank you, says {who}.", "{who} is welcome."),
-    ("Goodbye.", "Goodbye!"),
-    ("Goodbye, says {who}.", "{who}, goodbye!"),
+    ("My name is {who}. What is my name?", "{who} is your name."), ("Say the word {who}.", "{who}."),
+    ("Thank you.", "You are welcome."), ("Thank you, says {who}.", "{who} is welcome."),
+    ("Goodbye.", "Goodbye!"), ("Goodbye, says {who}.", "{who}, goodbye!"),
 )
 
 
