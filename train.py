@@ -758,17 +758,15 @@ def product(a, b):
 
 # Each kind draws its numbers by r(least, most) and gives the slots of its statement, steps, the answer.
 
-
 def calculation(r):
     """a + b or a - b in columns, or a × b by parts."""
     sign, a, b = "+-×"[r(0, 2)], r(12, 999), r(12, 999)
     if sign == "×":
         a, b = r(11, 99), r(3, 99)
-        return {"task": f"{a} × {b}"}, product(a, b), a * b
-    if sign == "+":
-        return {"task": f"{a} + {b}"}, columns(a, b, 1), a + b
-    a, b = max(a, b), min(a, b)
-    return {"task": f"{a} - {b}"}, columns(a, b, -1), a - b
+    elif sign == "-":
+        a, b = max(a, b), min(a, b)
+    steps = product(a, b) if sign == "×" else columns(a, b, 1 if sign == "+" else -1)
+    return {"task": f"{a} {sign} {b}"}, steps, {"+": a + b, "-": a - b, "×": a * b}[sign]
 
 
 def division(r):
@@ -1067,15 +1065,6 @@ def invent_people(rng, name, count, places):
                         partner=jobs[i ^ 1])
 
 
-def invent_society(rng, name, places, people):
-    """(society, its founder)."""
-    town, founder, field = rng.choice(places), rng.choice(people), rng.choice(FIELDS)
-    society = entity_of("organisation", name("@ Society"), field=field, seat=town["name"],
-                        river=town["facts"]["river"], founder=founder["name"],
-                        occupation=founder["facts"]["occupation"],
-                        founded=founder["facts"]["born"] + rng.randint(25, 45), members=rng.randint(12, 400))
-    return society, founder
-
 
 def invent_world(seed, people=50):
     """Entities {"name", "kind", "facts"}; whatever a fact names has an article that agrees."""
@@ -1088,22 +1077,28 @@ def invent_world(seed, people=50):
                         population=500 * rng.randint(2, 180), river=rng.choice(rivers),
                         good=rng.choice(GOODS), neighbour=towns[i - 1]) for i, town in enumerate(towns)]
     people = list(invent_people(rng, name, people, places))
-    societies = [invent_society(rng, name, places, people) for _ in range(third)]
-    works, fairs = [], []
+    societies, works, fairs = [], [], []
+    for _ in range(third):
+        town, founder, field = rng.choice(places), rng.choice(people), rng.choice(FIELDS)
+        societies.append(entity_of(
+            "organisation", name("@ Society"), field=field, seat=town["name"], river=town["facts"]["river"],
+            founder=founder["name"], occupation=founder["facts"]["occupation"],
+            founded=founder["facts"]["born"] + rng.randint(25, 45), members=rng.randint(12, 400)))
     for _ in range(len(people) // 2):
         creator, age, town = rng.choice(people), rng.randint(20, 50), rng.choice(towns)
         works.append(entity_of(
             "work", name(f"The {rng.choice(ADJECTIVES)} @"), form=rng.choice(FORMS), creator=creator["name"],
             occupation=creator["facts"]["occupation"], year=creator["facts"]["born"] + age, age=age,
-            subject=town, owner=rng.choice(societies)[0]["name"]))
-    for society, founder in societies:
+            subject=town, owner=rng.choice(societies)["name"]))
+    died = {person["name"]: person["facts"]["died"] for person in people}
+    for society in societies:
         facts, town = society["facts"], rng.choice(towns)
-        year = rng.randint(facts["founded"] + 1, founder["facts"]["died"])  # its guest is alive
+        year = rng.randint(facts["founded"] + 1, died[facts["founder"]])  # its guest is alive
         fairs.append(entity_of(
             "event", name("@ Fair"), field=facts["field"], place=town, month=rng.choice(MONTHS), year=year,
-            organiser=society["name"], guest=founder["name"], occupation=facts["occupation"],
+            organiser=society["name"], guest=facts["founder"], occupation=facts["occupation"],
             visitors=100 * rng.randint(2, 90)))
-    return [*places, *people, *(society for society, _ in societies), *works, *fairs]
+    return [*places, *people, *societies, *works, *fairs]
 
 
 def in_order(entity):
@@ -1138,7 +1133,7 @@ def recall_probes(entities):
             for entity in entities for fact, value in in_order(entity) for probe in PROBES]
 
 
-# --- own data, token files, batches -----------------------------------------------------------------
+# --- own data, token files, batches ---
 # Every document becomes [BOS] text [EOS]; the documents of a domain are packed one after the other
 # into one file of ids per split, and a training sequence is any window of it. Attention is not masked
 # across the documents of a window: DeepSeek-V3 packs so (V3 4.2), K2's report does not say.
@@ -2270,7 +2265,6 @@ def rephrase(documents, run, tok, folder):
 # which a judge keeps those that meet the rubric. Here every tool is code that runs, so that a rubric can be
 # checked against the state that the calls left behind.
 
-
 class ToolError(Exception):
     """What a tool tells the model when it cannot do what it is asked."""
 
@@ -2582,19 +2576,14 @@ UNITS = {"length": {"m": 1, "km": 1000, "cm": 0.01, "mm": 0.001, "mile": 1609.34
          "time": {"second": 1, "minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}}
 
 
-def converter(kind):
-    """The function of a tool that converts between the UNITS of a kind."""
-    def convert(state, value, unit, to):
-        return {"value": finite(lambda: value * UNITS[kind][unit] / UNITS[kind][to]), "unit": to}
+for kind, sizes in UNITS.items():
+    def convert(state, value, unit, to, sizes=sizes):
+        return {"value": finite(lambda: value * sizes[unit] / sizes[to]), "unit": to}
 
     convert.__name__, convert.__doc__ = f"convert_{kind}", f"Convert a {kind} from one unit to another."
-    words = "|".join(UNITS[kind])
-    return tool("units", value=f"number: the {kind}", unit=f"{words}: its unit",
-                to=f"{words}: the unit wanted")(convert)
-
-
-for kind in UNITS:
-    converter(kind)
+    words = "|".join(sizes)
+    tool("units", value=f"number: the {kind}", unit=f"{words}: its unit",
+         to=f"{words}: the unit wanted")(convert)
 
 
 @tool("units", value="number: degrees", unit="celsius|fahrenheit|kelvin: its scale",
@@ -3210,54 +3199,52 @@ class Operation:
 
     on: str  # number, word (kinds of field) or object
     description: str
-    arguments: dict  # for `schema`; where the field holds words, "value" is one of them
+    arguments: str  # their names
     run: typing.Callable  # (items, place, **arguments) -> result
     answer: str
     requests: tuple
 
 
 OPERATIONS = {
-    "get": Operation("number word", "Read the {f} of a {o}", {"name": "string"},
+    "get": Operation("number word", "Read the {f} of a {o}", "name",
         lambda items, at, name: {"result": find_item(items, at, name)[at.field]}, "It is {0[result]}.",
         ("What is the {f} of {o} {name}?", "Get the {f} of {o} {name}.", "Tell me the {f} of {o} {name}.")),
-    "set": Operation("number word", "Set the {f} of a {o}", {"name": "string", "value": "integer"},
-        set_field, "It is now {0[result]}.",
+    "set": Operation("number word", "Set the {f} of a {o}", "name value", set_field, "It is now {0[result]}.",
         ("Set the {f} of {o} {name} to {value}.", "Change the {f} of {o} {name} to {value}.",
          "The {f} of {o} {name} should be {value}.")),
-    "raise": Operation("number", "Raise the {f} of a {o}", {"name": "string", "by": "integer"},
-        raise_field, "It is now {0[result]}.",
+    "raise": Operation("number", "Raise the {f} of a {o}", "name by", raise_field, "It is now {0[result]}.",
         ("Raise the {f} of {o} {name} by {by}.", "Add {by} to the {f} of {o} {name}.")),
-    "lower": Operation("number", "Lower the {f} of a {o}", {"name": "string", "by": "integer"},
+    "lower": Operation("number", "Lower the {f} of a {o}", "name by",
         lambda items, at, name, by: raise_field(items, at, name, -by), "It is now {0[result]}.",
         ("Lower the {f} of {o} {name} by {by}.", "Take {by} from the {f} of {o} {name}.")),
-    "find": Operation("number word", "Find every {o} with a given {f}", {"value": "integer"},
+    "find": Operation("number word", "Find every {o} with a given {f}", "value",
         lambda items, at, value: {"names": [name for name in items if items[name][at.field] == value]},
         "I found {0[names]}.", ("Find every {o} with {f} {value}.", "Which {o} has the {f} {value}?")),
-    "total": Operation("number", "Add up the {f} of every {o}", {},
-        lambda items, at: {"total": sum(item[at.field] for item in items.values())},
-        "It is {0[total]}.", ("What is the total {f}?", "Give me the total {f} of every {o}.")),
-    "highest": Operation("number", "Find the {o} with the highest {f}", {},
+    "total": Operation("number", "Add up the {f} of every {o}", "",
+        lambda items, at: {"total": sum(item[at.field] for item in items.values())}, "It is {0[total]}.",
+        ("What is the total {f}?", "Give me the total {f} of every {o}.")),
+    "highest": Operation("number", "Find the {o} with the highest {f}", "",
         functools.partial(extreme, pick=max), "It is {0[found]} with {0[result]}.",
         ("Which {o} has the highest {f}?", "Find the {o} with the highest {f}.")),
-    "lowest": Operation("number", "Find the {o} with the lowest {f}", {},
+    "lowest": Operation("number", "Find the {o} with the lowest {f}", "",
         functools.partial(extreme, pick=min), "It is {0[found]} with {0[result]}.",
         ("Which {o} has the lowest {f}?", "Find the {o} with the lowest {f}.")),
-    "tally": Operation("word", "Count every {o} with a given {f}", {"value": "string"},
+    "tally": Operation("word", "Count every {o} with a given {f}", "value",
         lambda items, at, value: {"count": sum(item[at.field] == value for item in items.values())},
         "There are {0[count]}.", ("Tally the {f} {value}.", "How often is the {f} of a {o} {value}?")),
-    "create": Operation("object", "Create a {o}", {"name": "string"},
+    "create": Operation("object", "Create a {o}", "name",
         lambda items, at, name: add_item(items, at, name, at.fresh()) or {"created": name}, "Done.",
         ("Create {o} {name}.", "Make a new {o} named {name}.")),
-    "delete": Operation("object", "Delete a {o}", {"name": "string"},
-        remove_item, "Done.", ("Delete {o} {name}.", "Remove the {o} {name}.")),
-    "list": Operation("object", "List every {o}", {}, lambda items, at: {"names": list(items)},
+    "delete": Operation("object", "Delete a {o}", "name", remove_item, "Done.",
+        ("Delete {o} {name}.", "Remove the {o} {name}.")),
+    "list": Operation("object", "List every {o}", "", lambda items, at: {"names": list(items)},
         "I found {0[names]}.", ("List every {o}.", "Which {o} is there?")),
-    "count": Operation("object", "Count every {o}", {}, lambda items, at: {"count": len(items)},
+    "count": Operation("object", "Count every {o}", "", lambda items, at: {"count": len(items)},
         "There are {0[count]}.", ("Count every {o}.", "How many of {o} are there?")),
-    "rename": Operation("object", "Rename a {o}", {"name": "string", "new": "string"},
-        rename_item, "Done.", ("Rename {o} {name} to {new}.", "Change the name of {o} {name} to {new}.")),
-    "copy": Operation("object", "Copy a {o}", {"name": "string", "new": "string"},
-        copy_item, "Done.", ("Copy {o} {name} to {new}.", "Copy the {o} {name} to {new}.")),
+    "rename": Operation("object", "Rename a {o}", "name new", rename_item, "Done.",
+        ("Rename {o} {name} to {new}.", "Change the name of {o} {name} to {new}.")),
+    "copy": Operation("object", "Copy a {o}", "name new", copy_item, "Done.",
+        ("Copy {o} {name} to {new}.", "Copy the {o} {name} to {new}.")),
 }
 
 
@@ -3285,8 +3272,8 @@ def make_tool(verb, place):
     def run(state, **arguments):
         return operation.run(state.table(place.application, place.object), place, **arguments)
 
-    arguments = {name: "|".join(words) if words and name == "value" else kind
-                 for name, kind in operation.arguments.items()}
+    kinds = {"name": "string", "new": "string", "by": "integer", "value": "|".join(words or ()) or "integer"}
+    arguments = {name: kinds[name] for name in operation.arguments.split()}
     description = operation.description.format(o=place.object, f=place.field)
     return Tool(place.tool_name(verb), f"{description} in {place.application}.", schema(**arguments), run,
                 place.domain, verb=verb, place=place)
@@ -3385,7 +3372,6 @@ def evolve(n, seed):
 # list of steps, a step a list of calls that do not depend on one another: they go out together. "$0.name" is
 # what the first call returned under "name".
 
-
 @dataclass
 class Task:
     kind: str  # of KINDS
@@ -3473,17 +3459,16 @@ def items_of(tool, tables):
     return tables[tool.place.application][tool.place.object]
 
 
-def two_units(kind):
-    size = UNITS[kind]
-    pairs = [pair for pair in itertools.permutations(size, 2) if (size[pair[0]] / size[pair[1]]).is_integer()]
-
-    def draw(rng, tables):
-        unit, to = rng.choice(pairs)
-        return {"value": rng.choice(TENS), "unit": unit, "to": to}
-    return draw
+def two_units(rng, tables, kind):
+    """A length or a weight and two units, of which the first is a multiple of the second."""
+    sizes = UNITS[kind].items()
+    unit, to = rng.choice([(a, b) for (a, x), (b, y) in itertools.permutations(sizes, 2)
+                           if (x / y).is_integer()])
+    return {"value": rng.choice(TENS), "unit": unit, "to": to}
 
 
 def multiple(rng, tables):
+    """A number and one that divides it."""
     b = rng.choice(TENS)
     return {"a": rng.choice([number for number in TENS if number % b == 0]), "b": b}
 
@@ -3497,9 +3482,9 @@ WISHES = {
     "multiply": (("What is {a} times {b}?",), "It is {0[result]}.", TWO_NUMBERS),
     "divide": (("What is {a} over {b}?",), "It is {0[result]}.", multiple),
     "convert_length": (("Convert the length {value} {unit} to {to}.",), "It is {0[value]}.",
-                       two_units("length")),
+                       functools.partial(two_units, kind="length")),
     "convert_weight": (("Convert the weight {value} {unit} to {to}.",), "It is {0[value]}.",
-                       two_units("weight")),
+                       functools.partial(two_units, kind="weight")),
     "weekday": (("Which weekday is {date}?",), "It is a {0[weekday]}.", {"date": a_date}),
     "days_between": (("How many days are between {start} and {end}?",), "It is {0[days]}.",
                      {"start": a_date, "end": a_date}),
@@ -3746,7 +3731,6 @@ class Toolbox:
 
 # --- trajectories: a user, an agent and the simulated tools ---
 
-
 class Simulator(Gate):
     """The tools as the agent meets them: they run and keep their state, and fail where the task says so."""
 
@@ -3815,8 +3799,7 @@ def play_all(episodes, agent, at_once=64):
         playing = [pair for pair, message in zip(playing, messages) if goes_on(pair[1], message)]
 
 
-# --- agents ---
-
+# --- agents: the teacher, a model, an endpoint; each is (episodes) -> their next messages ---
 
 def call_message(calls, messages, content=""):
     """An assistant's message with calls [(name, arguments or JSON text)], numbered on through the dialog."""
@@ -3986,7 +3969,6 @@ class EndpointAgent:
 
 # --- judging: rules, rubric, person ---
 
-
 def mentions(text, part):
     return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text, re.I) is not None
 
@@ -4079,16 +4061,13 @@ def record_of(episode, tok, judge=None):
     """A line of data/trajectories.jsonl: the dialog in OpenAI's format, its rubrics, the verdict of rules and
     judges. It was accepted if the verdict has no reasons against it."""
     verdict = verdict_of(episode)
-    rules = rule_faults(episode, tok)
-    reasons = rules + ([] if rules else verdict["reasons"])
+    reasons = rule_faults(episode, tok) or verdict["reasons"]
     if judge and not reasons and (reason := judge(episode)):
-        reasons.append(reason)
-    scene = episode.scene
-    record = {"messages": episode.messages, "tools": episode.gate.declarations(),
-              "rubric": [task.rubric for task, *_ in episode.spans],
-              "verdict": {**verdict, "reasons": reasons}, "persona": scene.persona, "split": scene.split}
-    name = hashlib.sha256(json.dumps(record["messages"], sort_keys=True).encode()).hexdigest()[:12]
-    return {"id": name, **record}
+        reasons = [reason]
+    scene, text = episode.scene, json.dumps(episode.messages, sort_keys=True)
+    return {"id": hashlib.sha256(text.encode()).hexdigest()[:12], "messages": episode.messages,
+            "tools": episode.gate.declarations(), "rubric": [task.rubric for task, *_ in episode.spans],
+            "verdict": {**verdict, "reasons": reasons}, "persona": scene.persona, "split": scene.split}
 
 
 REVIEW = "review.jsonl"  # the person's stage: write "keep" or "drop" after "mark"
@@ -4231,7 +4210,6 @@ def make_trajectories(run, tok, out):
 # --- pages for pretraining: tasks without the wrapping of a dialog, and drills ---
 # As in fine-tuning, what the assistant says is learned and what users and tools say is only read: nobody can
 # foresee it, and a toy that tries learns to copy much later.
-
 
 def page(domain, source, lines):
     """A document of (text, is learned) lines."""
@@ -4467,8 +4445,7 @@ class Dialogs:
                     self.dialogs.append((ids[: length + 1], mask[: length + 1]))
         if not by_source:
             raise UserError("sft: there is no dialog to train on")
-        unknown = sorted(set(weights or ()) - set(by_source))
-        if unknown:
+        if unknown := sorted(set(weights or ()) - set(by_source)):
             raise UserError(f"sft_weights: no source {', '.join(unknown)}; there are: {', '.join(by_source)}")
         weights = weights or {name: SFT_WEIGHTS.get(name, 1.0) for name in by_source}
         self.rows = self.pack(by_source, weights, random.Random(f"pack {seed}"), n_rows)
@@ -4513,7 +4490,6 @@ class Dialogs:
 
 
 # --- all data of a run, put together ---
-
 
 def train_tokenizer(documents, vocab_size, wrapping=()):
     """BPE of the training documents, or of an even sample of them where they have more than 20 million
