@@ -1352,15 +1352,13 @@ class TokenFiles:
         resumed run sees the same ones; of these only the rows with numbers in `mine`, where it is given.
         Short domains are read round and round."""
         rng, weights = np.random.default_rng((seed, step)), weights or self.weights
-        p = np.array(list(weights.values()))
-        ids, targets = windows = np.zeros((2, len(range(rows) if mine is None else mine), seq_len + 1), int)
-        row = 0
+        p, windows = np.array(list(weights.values())), []
         for number, domain in enumerate(rng.choice(list(weights), rows, p=p / p.sum())):
             start = rng.integers(max(1, len(self.ids[domain, "train"]) - seq_len))
             if mine is None or number in mine:
-                for k, part in enumerate(self.window((domain, "train"), start, start + seq_len + 1)):
-                    windows[k, row] = np.resize(part, seq_len + 1)
-                row += 1
+                window = self.window((domain, "train"), start, start + seq_len + 1)
+                windows.append([np.resize(part, seq_len + 1) for part in window])
+        ids, targets = np.array(windows, int).reshape(-1, 2, seq_len + 1).swapaxes(0, 1)
         return tuple(torch.from_numpy(part).to(device, non_blocking=True)
                      for part in (ids[:, :-1], targets[:, 1:]))
 
@@ -1692,7 +1690,7 @@ def world_fidelity(entities, text):
             fact, value = mine[0]
             was = entity["facts"].get(fact, "not told")
             reasons.append(f"changed: {fact} of {entity['name']} is {was}, not {value}")
-        elif read and names(who := f"Of {read[0][2]}") and not names(who) & set(entity["name"].split()):
+        elif read and (others := names(f"Of {read[0][2]}")) and not others & set(entity["name"].split()):
             reasons.append(f"speaks of {read[0][2]}, not of {entity['name']}: {piece}")
         else:
             facts, reason = read_freely(piece, entity)
@@ -3424,6 +3422,16 @@ def resolved(step, results):
     return [(name, {key: resolve(value) for key, value in given.items()}) for name, given in step]
 
 
+def carried_out(plan, tools, tables):
+    """(calls, their results) of each step of a plan, which change the tables."""
+    gate, results = Gate(tools, State(tables), budget=99, ask=lambda *_: True), []
+    for step in plan:
+        calls = resolved(step, results)
+        got = [json.loads(gate.call(name, compact(given))) for name, given in calls]
+        results += got
+        yield calls, got
+
+
 def filled(template, results):
     """A template with what the calls returned put in; a list is written with commas."""
     shown = [{key: ", ".join(map(str, value)) if isinstance(value, list) else value
@@ -3440,17 +3448,14 @@ def told(answer, slots):
 
 def task_of(kind, request, plan, answer, must, tools, tables):
     """A Task whose rubric is found by carrying out its plan on a copy of the tables; None if a call fails."""
-    state = State(copy.deepcopy(tables))
-    gate, results, calls = Gate(tools, state, budget=99, ask=lambda *_: True), [], []
-    for step in plan:
-        ready = resolved(step, results)
-        for name, given in ready:
-            results.append(json.loads(gate.call(name, json.dumps(given))))
-            if "error" in results[-1]:
-                return None
+    tables, results, calls = copy.deepcopy(tables), [], []
+    for ready, got in carried_out(plan, tools, tables):
+        if any("error" in result for result in got):
+            return None
+        results += got
         calls.append(ready)
     says = [part for slot in must for part in filled(slot, results).split(", ")]
-    rubric = {"calls": calls, "state": state.tables, "answer": says, "any": [], "absent": FAILURE_WORDS}
+    rubric = {"calls": calls, "state": tables, "answer": says, "any": [], "absent": FAILURE_WORDS}
     return Task(kind, request, plan, answer, must, rubric)
 
 
@@ -3610,8 +3615,8 @@ def failing(rng, pool, tables):
 def none(rng, pool, tables):
     """Talk that needs no tool."""
     place, who = rng.choice(pool).place, rng.choice(PEOPLE)
-    slots = {"o": place.object if place else "thing", "f": place and place.field or "place", "who": who,
-             "name": rng.choice(LABELS)}
+    slots = {"o": place.object if place else "thing", "f": (place and place.field) or "place",
+             "who": who, "name": rng.choice(LABELS)}
     request, answer = rng.choice(SMALL_TALK)
     rubric = {"calls": [], "state": copy.deepcopy(tables), "answer": [who], "any": [],
               "absent": FAILURE_WORDS}
@@ -3982,8 +3987,8 @@ def judge(task, messages, log, tables):
     ran = collections.Counter(key(call) for call in log if call[3])
     expected = collections.Counter(key(call) for step in rubric["calls"] for call in step)
     answer = last["content"] if last["role"] == "assistant" and not last.get("tool_calls") else ""
-    met = {f"called {name}": True for name, _ in expected}
-    met |= {f"called {name}": False for name, _ in expected - ran}
+    lacking = {name for name, _ in expected - ran}
+    met = {f"called {name}": name not in lacking for name, _ in expected}
     met["state"] = tables == rubric["state"]
     met["answer"] = bool(answer.strip()) and all(mentions(answer, part) for part in rubric["answer"]) and (
         not rubric["any"] or any(mentions(answer, part) for part in rubric["any"])) and not any(
@@ -4232,14 +4237,11 @@ def tool_documents(run, count=5_000):
             task = KINDS[kind](rng, pool, tables)
             if not task or task.then:
                 continue
-            gate = Gate(pool, State(tables), budget=99, ask=lambda *_: True)
             lines.append((task.request, False))
-            for step in task.plan:
-                calls = [(name, compact(given)) for name, given in resolved(step, results)]
-                returned = [gate.call(name, given) for name, given in calls]
-                lines += [(f"functions.{name}\n{given}", True) for name, given in calls]
-                lines += [(text, False) for text in returned]
-                results += map(json.loads, returned)
+            for calls, got in carried_out(task.plan, pool, tables):
+                lines += [(f"functions.{name}\n{compact(given)}", True) for name, given in calls]
+                lines += [(compact(result), False) for result in got]
+                results += got
                 named += [name for name, _ in calls]
             lines.append((filled(task.answer, results), True))
         if lines:
@@ -4483,9 +4485,10 @@ class Dialogs:
             start = 0
             for place, number in enumerate(numbers):
                 ids, mask = map(np.array, self.dialogs[number])
-                here = slice(start, start := start + len(ids) - 1)
+                here = slice(start, start + len(ids) - 1)
                 tokens[row, here], document[row, here] = ids[:-1], place
                 targets[row, here] = np.where(mask[1:], ids[1:], -100)
+                start = here.stop
         return tuple(torch.from_numpy(part).to(device) for part in (tokens, targets, document))
 
 
