@@ -590,14 +590,15 @@ def library_files():
                 yield ".".join(parts + [name] * (name != "__init__")), path
 
 
-
 def docstrings(node, name):
     """Yields (heading, body, statements) for each docstring under node, in source order."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         name = f"{name}.{node.name}" if hasattr(node, "name") else name
-        # a second string would be the docstring once the first is cut
-        strings = list(itertools.takewhile(lambda statement: isinstance(statement, ast.Expr) and isinstance(
-            getattr(statement.value, "value", None), str), node.body))
+        strings = []
+        for part in node.body:  # a second string would be the docstring once the first is cut
+            if not (isinstance(part, ast.Expr) and isinstance(getattr(part.value, "value", None), str)):
+                break
+            strings.append(part)
         if strings:
             arguments = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
             yield name + arguments, node.body, strings
@@ -1063,7 +1064,6 @@ def invent_people(rng, name, count, places):
                         died=born + rng.randint(55, 90), occupation=jobs[i], birthplace=town["name"],
                         region=town["facts"]["region"], home=home["name"], spouse=names[i ^ 1],
                         partner=jobs[i ^ 1])
-
 
 
 def invent_world(seed, people=50):
@@ -2464,11 +2464,10 @@ def goes_on(part, message):
 
 # --- real tools: written by hand, each does what it says ---
 # A tool gets what a model wrote: whatever its schema lets through must end in a JSON value or a ToolError.
-# What any of them has to fear is dealt with once, in `tool`: huge arguments, long results, a system's errors.
+# What any of them has to fear is dealt with once, in `tool`: huge arguments, broken Unicode, long results.
 
 REAL_TOOLS = {}
 LONGEST, SHOWN = 20_000, 4_000  # characters of a text that a tool takes, and of one that a model reads
-
 
 
 def refuse_extremes(arguments):
@@ -3789,7 +3788,6 @@ class Episode:
     @property
     def task(self):
         return self.spans[-1][0]
-
 
 
 def play_all(episodes, agent, at_once=64):
