@@ -3295,7 +3295,8 @@ def evolved_tool(name):
 # Copying is what a toy learns last. It is learned first where the source is one token, told by its kind and
 # unlike its copy: " Fox" in a request is another token than the "Fox" of a call. Where both are the same,
 # copies made earlier drown the source: so users say numbers in words. Every word and number has to be met
-# often enough: so they are few, and numbers are tens, whose sums are tens.
+# often enough: so they are few, and numbers are tens, whose sums are tens. Of 24 names none was copied after
+# 300 steps of drills; 12 are after 400, with lists of mixed words to copy and three times the learning rate.
 LABELS = "Fox Owl Elk Bear Wolf Hare Lynx Mole Crow Swan Toad Seal".split()
 TENS = range(10, 100, 10)
 NUMBERS = dict(zip(TENS, "ten twenty thirty forty fifty sixty seventy eighty ninety".split()))
