@@ -132,7 +132,7 @@ class RunConfig:
     endpoint_retries: int = 5  # times to try again
     seed: int = 0  # of weights, data and samples
     steps: int | None = None  # optimizer steps of warm-up, constant rate and decay
-    drill_steps: int | None = None  # the first of them, with half the rows, on bare copies (toys alone)
+    drill_steps: int | None = None  # the first of them, on bare copies (toys alone)
     anneal_steps: int | None = None  # then of annealing; none: the report's share, at least 20
     long_steps: int | None = None  # then of long-context activation; none: the report's share, at least 20
     yarn_steps: int | None = None  # then with YaRN (the report gives no number); none: as long_steps
@@ -218,7 +218,7 @@ RUN_DEFAULTS = {
                  bias_update_rate=1e-2, eval_every=30, eval_tokens=2048, save_every=20, trajectories=100,
                  sft_steps=20, sft_lr=3e-3, sft_len=1024,
                  rl_steps=4, rl_lr=1e-3, rl_prompts=14, rl_samples=4, rl_budget=24, rl_segment=12, rl_pool=6),
-    "tiny": dict(steps=1100, drill_steps=400, yarn_steps=60, batch_size=16, seq_len=128, lr=2e-2, warmup=20,
+    "tiny": dict(steps=1000, drill_steps=300, yarn_steps=60, batch_size=16, seq_len=128, lr=2e-2, warmup=20,
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
                  trajectories=8000, sft_steps=800, sft_lr=2e-3, sft_len=512,
                  rl_steps=16, rl_lr=3e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
@@ -4308,6 +4308,10 @@ def tool_documents(run, count=5_000):
             yield page("tools", f"tools/{number}", [(" ".join(names), False), *lines])
 
 
+# A copy is learned word by word, since what is written (".mill") is another token than what is read (" mill").
+# Applications and objects are more than a hundred of each: as parts of calls alone, hardly any was copied
+# after 300 steps; where they fill whole lines too, 9 of 10 are.
+
 DRILLS = (  # read, written, read, written ...: all that is written was read before
     ("{who} {word} {a} {n}.", '["{who}","{word}","{a}",{n}]',
      '["{who}","{word}","{a}",{n}]', "It is {who}, {word}, {a}, {n}."),
@@ -4347,6 +4351,10 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
     ("What is {said} {sign} {more}?", '{{"a":{n},"b":{p}}}', '{{"result":{m}}}', "It is {m}."),
     ("Convert {said} {unit} to {other}.", '{{"value":{n},"unit":"{unit}","to":"{other}"}}'),
     ("Keep the {spoken}, {room}, {slot}.", '{{"date":"{date}","room":"{room}","slot":"{slot}"}}'),
+    ("{application} {place} {site} {shop}.", "functions.{application}.{place}.{site}.{shop}"),
+    ("{shop} {application} {place} {site}.", "functions.{shop}.{application}.{place}.{site}"),
+    ("{o} {o2} {o3} {o4}.", "functions_{o}_{o2}_{o3}_{o4}"),
+    ("{o2} {o3} {o} {o4}.", "functions_{o2}_{o3}_{o}_{o4}"),
     ("In {application}: {verb}, the {f} of {o}.", "functions.{application}_{verb}_{o}_{f}"),
     ("In {application}: {verb} the {f} of a {o}.", "functions.{application}_{verb}_{o}_{f}"),
     ("In {application}: {verb} {o}.", "functions.{application}_{verb}_{o}"),
@@ -4367,8 +4375,9 @@ def drill_documents(run, count=4_000):
                      "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
                      **dict(zip(("unit", "other"), rng.sample(units, 2))),
                      "who": rng.choice(PEOPLE), "sign": rng.choice(("plus", "minus", "times", "over")),
-                     "application": rng.choice(APPLICATIONS), "verb": rng.choice(list(OPERATIONS)),
-                     "o": rng.choice(list(OBJECTS)), "f": rng.choice(OBJECT_FIELDS)}
+                     **dict(zip(("application", "place", "site", "shop"), rng.sample(APPLICATIONS, 4))),
+                     **dict(zip(("o", "o2", "o3", "o4"), rng.sample(list(OBJECTS), 4))),
+                     "verb": rng.choice(list(OPERATIONS)), "f": rng.choice(OBJECT_FIELDS)}
             said = spoken(slots)
             slots |= {"said": said["n"], "more": said["p"], "spoken": said["date"].removeprefix("the ")}
             lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]
@@ -5651,8 +5660,8 @@ def phases(run, cfg, data):
     steps.
 
     The drills are ours: trillions of tokens teach a model to copy from its context, a toy has two million.
-    Rows of nothing but copies, a few at a time, teach it in minutes, and it forgets nothing where the other
-    domains come in slowly.
+    Rows of nothing but copies teach it in minutes, and it forgets nothing where the other domains come in
+    slowly.
 
     YaRN reaches yarn_factor times seq_len, but trains on the activation's length: the report gives it no
     tokens at all, and a toy learns more from several documents a step than from one.
@@ -5673,7 +5682,7 @@ def phases(run, cfg, data):
     ):
         if steps:
             length, longest = run.seq_len * factor, max(longest, run.seq_len * reach)
-            rows = max(1, run.batch_size * run.seq_len // length // (2 if name == "drill" else 1))
+            rows = max(1, run.batch_size * run.seq_len // length)
             early = name in ("drill", "pretrain")  # V3 and Moonlight still the router's bias at the end
             found.append(Phase(name, start, start + steps, rows, length, weights, (longest, scaling),
                                run.bias_update_rate if early else 0.0))
@@ -6946,7 +6955,7 @@ SUCCESS = {  # class in the report: kind of task, split of its tools
 }
 
 
-def tool_success(model, job, n, classes=tuple(SUCCESS), budget=128):
+def tool_success(model, job, n, classes=tuple(SUCCESS), budget=80):
     """({class: share of n held-out tasks done}, a transcript): one task a dialog, greedy, the built-in judge,
     at most `budget` tokens said (the teacher needs up to 69 of `tiny`'s). A class is a name in SUCCESS, or a
     pair (kind of task, split of its tools).
