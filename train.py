@@ -4308,7 +4308,7 @@ def tool_documents(run, count=5_000):
             yield page("tools", f"tools/{number}", [(" ".join(names), False), *lines])
 
 
-# A copy is learned word by word, since what is written (".mill") is another token than what is read (" mill").
+# A copy is learned word by word, since what is written (".mill") is another token than what is read, " mill".
 # Applications and objects are more than a hundred of each: as parts of calls alone, hardly any was copied
 # after 300 steps; where they fill whole lines too, 9 of 10 are.
 
