@@ -222,7 +222,7 @@ RUN_DEFAULTS = {
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
                  trajectories=8000, sft_steps=800, sft_lr=2e-3, sft_len=512,
                  rl_steps=16, rl_lr=3e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
-                 rl_pool=300),
+                 rl_pool=150),
     "mini": dict(steps=4000, batch_size=32, seq_len=512, lr=3e-3, warmup=100, tau=30.0,
                  bias_update_rate=3e-3, eval_every=500, eval_tokens=2**16, save_every=500,
                  trajectories=20_000, sft_steps=800, sft_lr=1e-3, sft_len=512,
