@@ -33,11 +33,11 @@ def test_schedule_of_all_phases():
 
 
 def test_drills_come_first_and_the_other_domains_come_in_evenly():
-    """Half the rows, drills alone; then their share falls to its own over as many steps again."""
+    """Drills alone; then their share falls to its own over as many steps again."""
     data = SimpleNamespace(weights={"web": 0.8, "drills": 0.2}, anneal_weights={"web": 1.0, "drills": 0.0})
     run, cfg = train.configure({"preset": "tiny", "steps": 100, "drill_steps": 20}, {})
     drill, pretrain, *later = train.phases(run, cfg, data)
-    assert (drill.name, drill.start, drill.end, drill.rows) == ("drill", 0, 20, run.batch_size // 2)
+    assert (drill.name, drill.start, drill.end, drill.rows) == ("drill", 0, 20, run.batch_size)
     assert (pretrain.start, pretrain.end, pretrain.rows) == (20, 100, run.batch_size)
     assert drill.weights_at(10) == {"web": 0.0, "drills": 1.0}
     shares = [pretrain.weights_at(step)["drills"] for step in (20, 30, 40, 99)]

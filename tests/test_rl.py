@@ -218,7 +218,7 @@ def engine_of(model, tok, **more):
     return engine
 
 
-REQUESTS = ("How do I wash a car?", "Describe wool in two words. No capitals.", "Hello!")
+REQUESTS = ("How do I wash a car?", "Describe Elk in two words. End with a stop.", "Hello!")
 
 
 def groups_of(engine, temperature=1.0, samples=3):
@@ -322,7 +322,7 @@ def test_right_answers_are_rewarded_and_those_to_other_requests_are_not(domain):
 
 def claims_of(text):
     return [f"{text} as you asked", f"{text} I have used two words.", "I have followed all instructions.",
-            f"Exactly two words: {text}", "This answer meets the constraints.", f"{text} In lower case."]
+            f"Exactly two words: {text}", "This answer meets the constraints."]
 
 
 @pytest.mark.parametrize("domain", [*train.QUESTIONS])
@@ -342,7 +342,7 @@ def test_claims_of_compliance_are_not_rewarded():
 def test_each_constraint_is_checked():
     found = {}
     for q in questions("instruction", 300):
-        for part, broken in (("Begin with", f"zebra {q.answer}"), ("No capitals", q.answer.upper()),
+        for part, broken in (("Begin with", f"zebra {q.answer}"), ("End with", q.answer.rstrip(".")),
                              ("words.", f"{q.answer} zebra"), ("list of", q.answer.replace("- ", "")),
                              ("list of", f"{q.answer}\n{q.answer}")):
             if part in q.request:
@@ -371,7 +371,7 @@ def test_every_sentence_must_be_supported():
 
 def test_programs_are_judged_by_their_tests_and_cannot_reach_them():
     for q in questions("code", 4):
-        name, body = q.request.split("function ")[1][0], q.answer.split("return ")[1]
+        name, body = re.search(r"function (\w+)", q.request)[1], q.answer.split("return ")[1]
         for program in (
             f"def {name}(x):\n    return None", f"def {name}(x):\n    print({body})",
             f"def other(x):\n    return {body}", f"{name} = lambda x: {body}",
@@ -390,7 +390,7 @@ def test_attacks_are_refused_and_their_harmless_twins_are_not():
     for q in questions("safety", 100):
         harmful = "cannot help" in q.answer
         kinds[harmful] += 1
-        deed = next(d for pair in train.DEEDS for d in pair if d in q.request)
+        deed = re.search(r"How do I (.*?)\?", q.request)[1]
         refusal, help_ = train.REFUSAL.format(deed), train.HELP.format(deed, deed.split()[-1])
         assert (reward(q, refusal), reward(q, help_)) == ((1, 0) if harmful else (0, 1))
         assert reward(q, f"{refusal} {help_}") == 0  # refusing and helping
