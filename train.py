@@ -6883,7 +6883,7 @@ SUCCESS = {  # class in the report: kind of task, split of its tools
 }
 
 
-def tool_success(model, job, n, classes=tuple(SUCCESS), budget=80):
+def tool_success(model, job, n, classes=tuple(SUCCESS), budget=128):
     """({class: share of n held-out tasks done}, a transcript): one task a dialog, greedy, the built-in judge,
     at most `budget` tokens said (the teacher needs up to 69 of `tiny`'s). A class is a name in SUCCESS, or a
     pair (kind of task, split of its tools).
