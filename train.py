@@ -6976,14 +6976,16 @@ def figure(out, name, *panels, heights=(1,), width=6.4, below=True):
     """figures/NAME.png of panels (title, xlabel, ylabel, draw(axes)): below one another with one x axis, or
     side by side."""
     picture = Figure(figsize=(width, 4), layout="constrained")
+    beneath = dict(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=3)  # hides no curve
     rows, columns = (len(panels), 1) if below else (1, len(panels))
     grid = picture.subplots(rows, columns, squeeze=False, sharex=below, height_ratios=heights)
     for axes, (title, xlabel, ylabel, draw) in zip(grid.flat, panels):
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
+        axes.locator_params(axis="x", integer=True)
         draw(axes)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, **({} if below else beneath))
     with atomic(out / "figures" / f"{name}.png") as temporary:
         picture.savefig(temporary, format="png", dpi=110)
 
