@@ -145,7 +145,7 @@ def test_report_and_files_of_a_run(finished):
     out = finished
     report = json.loads((out / "report.json").read_text())
     assert set(report["pretrain"]["val_bpb"]) - {"tools", "drills"} == {"web", "code", "math", "knowledge"}
-    assert report["pretrain"]["tokens"] == (50 * 8 + 10 * 4) * 64 and report["preset"] == "nano"
+    assert report["pretrain"]["tokens"] == (50 + 10) * 8 * 64 and report["preset"] == "nano"
     assert {p.name for p in (out / "figures").iterdir()} == {
         "loss.png",
         "max_logit.png",
