@@ -6883,20 +6883,29 @@ SUCCESS = {  # class in the report: kind of task, split of its tools
 }
 
 
-def tool_success(model, job, n, classes=tuple(SUCCESS), budget=128):
-    """({class: share of n held-out tasks done}, a transcript): one task a dialog, greedy, the built-in judge,
-    at most `budget` tokens said (the teacher needs up to 69 of `tiny`'s). A class is a name in SUCCESS, or a
-    pair (kind of task, split of its tools).
+def taught(scene, tok):
+    """How many tokens the teacher says in a scene."""
+    episode = Episode.of(scene)
+    play_all([episode], Teacher())
+    return sum(tok.render(episode.messages, episode.gate.declarations())[1])
+
+
+def tool_success(model, job, n, classes=tuple(SUCCESS)):
+    """({class: share of n held-out tasks done}, a transcript): one task a dialog, greedy, the built-in judge.
+    At most twice as many tokens are said as the teacher needs in the class. A class is a name in SUCCESS, or
+    a pair (kind of task, split of its tools).
 
     Done means: the calls that are needed ran, the state is as it should be, the answer says what it must and
     not what it must not. Tasks and values are new; of the tools, what the class says.
     """
     toolbox, _ = toolbox_of(job.run)
-    engine, success, transcript = Engine(model, job.tok, "held out", budget), {}, []
+    success, transcript = {}, []
     for name in classes:
         kind, split = SUCCESS.get(name, name)
-        scenes = (toolbox.scene(f"held out {job.run.seed} {name} {i}", [kind], split) for i in range(n))
+        scenes = [toolbox.scene(f"held out {job.run.seed} {name} {i}", [kind], split) for i in range(n)]
         tasks = [ToolUse(scene) for scene in scenes]
+        longest = max(taught(scene, job.tok) for scene in scenes[:50])
+        engine = Engine(model, job.tok, "held out", 2 * longest)
         rollouts = [engine.begin({"domain": "tools"}, [task], [i], 0.0)[0] for i, task in enumerate(tasks)]
         with job.autocast():
             engine.play(rollouts)
