@@ -283,7 +283,11 @@ def value_of(text, kind):
             return json.loads(text)
         if base is dict:
             return {key: float(number) for key, number in (pair.split("=") for pair in text.split(","))}
-        return int(float(text)) if base is int and re.fullmatch(r"\d+e\d+", text) else base(text)
+        if base is int and "e" in word:  # 1e6, 1.5e3
+            if not float(text).is_integer():
+                raise ValueError
+            return int(float(text))
+        return base(text)
     except (ValueError, KeyError):
         raise argparse.ArgumentTypeError(f"{text!r} is no {base.__name__}") from None
 
@@ -322,12 +326,15 @@ def parse_command(argv):
 LIMITS = (  # fields of the run, what a value has to satisfy, and how that is said
     ("steps batch_size micro_batch seq_len eval_every eval_tokens save_every long_factor yarn_factor "
      "chunk_tokens endpoint_parallel tools trajectories sft_steps sft_len tool_tasks rl_steps rl_prompts "
-     "rl_updates rl_budget rl_pool rl_pass rl_row rl_tasks ep",
+     "rl_updates rl_budget rl_pool rl_pass rl_row rl_tasks ep world serve_gpus threads max_documents",
      lambda value: value >= 1, "be at least 1"),
     ("rl_samples", lambda value: value >= 2, "be at least 2, to differ from their mean"),
     ("drill_steps anneal_steps long_steps yarn_steps rephrase_max needles endpoint_retries review warmup "
-     "rl_segment rl_penalty ptx_weight critic_weight", lambda value: value >= 0, "not be negative"),
-    ("lr sft_lr rl_lr tau_rl rl_temperature rl_temperature_end", lambda value: value > 0, "be positive"),
+     "rl_segment rl_penalty ptx_weight critic_weight seed rl_seed gpu_watts kwh_price",
+     lambda value: 0 <= value < math.inf, "not be negative"),
+    ("lr sft_lr rl_lr tau_rl rl_temperature rl_temperature_end grad_clip gpu_tflops gpu_gib gpu_tbps "
+     "gpu_gbps gpu_hour gpu_price gpu_years serve_bytes mfu endpoint_rpm endpoint_timeout",
+     lambda value: 0 < value < math.inf, "be positive and finite"),
     ("flaw_rate fault_rate decay lr_end", lambda value: 0 <= value <= 1, "be between 0 and 1"),
 )
 CHOICES = {"optimizer": ("muonclip", "muon", "adamw"), "device": ("auto", "cpu", "cuda", "mps"),
@@ -1144,13 +1151,19 @@ def skip(skipped, message):
     skipped.append(message)
 
 
+def whole_characters(text):
+    """Text without the half characters that JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def own_files(source):
     """(path, name) of the file or of those in the folder that --data names, in a fixed order."""
     root = Path(source)
     if not root.exists():
         raise UserError(f"--data {source}: there is no such file or folder")
     paths = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
-    return [(path, path.relative_to(root if root.is_dir() else root.parent).as_posix()) for path in paths]
+    top = root if root.is_dir() else root.parent
+    return [(path, whole_characters(path.relative_to(top).as_posix())) for path in paths]
 
 
 def json_lines(path, skipped, wanted):
@@ -1172,12 +1185,15 @@ def jsonl_documents(path, name, skipped):
             return False  # a dialog, for the sft stage
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ValueError('no object with a "text"')
+        record["text"].encode()  # raises where half a character was spelled
         return True
 
     for number, record in json_lines(path, skipped, is_document):
-        domain = re.sub(r"\W+", "_", str(record.get("domain", "own"))) or "own"
-        kept = {key: str(record[key]) for key in ("rephrased_from", "style") if key in record}
-        yield document(record["text"], domain, str(record.get("source", f"own/{name}/{number}"))) | kept
+        domain = re.sub(r"\W+", "_", str(record.get("domain") or "own")) or "own"
+        kept = {key: whole_characters(str(record[key]))
+                for key in ("rephrased_from", "style") if key in record}
+        source = whole_characters(str(record.get("source") or f"own/{name}/{number}"))
+        yield document(record["text"], domain, source) | kept
 
 
 def hugging_face_documents(name):
@@ -1196,12 +1212,12 @@ def own_documents(source, skipped):
         yield from hugging_face_documents(source.removeprefix("hf:"))
         return
     for path, name in own_files(source):
-        if path.suffix in (".txt", ".md"):
+        if (kind := path.suffix.lower()) in (".txt", ".md"):
             try:
                 yield document(path.read_text(encoding="utf-8"), "own", f"own/{name}")
             except UnicodeDecodeError as error:
                 skip(skipped, f"{path}: not UTF-8 at byte {error.start}, skipped")
-        elif path.suffix == ".jsonl":
+        elif kind == ".jsonl":
             yield from jsonl_documents(path, name, skipped)
         elif not Path(source).is_dir():
             raise UserError(f"--data {source}: only .txt, .md, .jsonl, a folder of them or hf:NAME can be "
@@ -2355,11 +2371,6 @@ def misfit(value, rule, where="arguments"):
             return f"{where} have no {unknown[0][:60]!r}; there are: {', '.join(known) or 'none'}"
         parts = [(item, known[name], f"{where}.{name}") for name, item in value.items()]
     return next(filter(None, (misfit(*part) for part in parts)), "")
-
-
-def whole_characters(text):
-    """Text without the half characters that JSON can spell and UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def compact(value):
@@ -4414,7 +4425,7 @@ def own_dialogs(source, tok, skipped):
         return True
 
     for path, _ in own_files(source):
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             yield from (record for _, record in json_lines(path, skipped, is_dialog))
 
 
@@ -6739,8 +6750,9 @@ def rl(job):
 
     _, log = fit("rl", job, model, twin, opt, [Phase("rl", 0, run.rl_steps)], batch_of, evaluate,
                  lambda step: run.rl_lr, learn, controller)
-    return time.perf_counter() - began, {"rl": rl_facts(log), "recall": recalled(log, "rl"),
-                                         "success": {"rl": log[-1]["success"]}}
+    return time.perf_counter() - began, {
+        "rl": rl_facts(log), "recall": recalled(log, "rl"), "success": {"rl": log[-1]["success"]},
+        "transcript": log[-1]["transcript"]}
 
 
 # ==================================================================================================
@@ -7273,10 +7285,14 @@ def open_run(run_fields, model_fields, resume):
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         before = {**saved["run"], **saved["model"]}
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no run's configuration; choose another --out") from None
     if resume:
         keep = {key: value for key, value in saved["run"].items() if key not in MACHINE_FIELDS}
+        known = {field.name for cls in (RunConfig, KimiConfig) for field in dataclasses.fields(cls)}
+        if strange := sorted(set(before) - known):
+            raise UserError(f"{path} is of a version with other settings ({', '.join(strange)}); choose "
+                            "another --out")
         run_fields, model_fields = {**keep, **run_fields}, {**saved["model"], **model_fields}
     run, cfg = configure(run_fields, model_fields)
     now = {**dataclasses.asdict(run), **dataclasses.asdict(cfg)}

@@ -717,6 +717,13 @@ def test_bad_flags_get_one_line(tmp_path, capsys, flags, message):
     assert message in text and len(text.strip().splitlines()) == 1
 
 
+def test_rl_of_a_model_of_another_run(finished, tmp_path):
+    done = run("rl", *SMALL, "--base", finished / "model_sft", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(report["success"]) == {"rl"} and report["transcript"][0].startswith("system: ")
+
+
 def test_rl_without_a_model_says_so(tmp_path):
     done = run("rl", *SMALL, "--base", tmp_path / "none", "--out", tmp_path / "run")
     assert done.returncode != 0 and "Traceback" not in done.stderr and "none" in done.stderr

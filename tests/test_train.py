@@ -335,6 +335,21 @@ def test_own_files_train_and_bad_ones_are_reported(tmp_path, capsys):
     assert "fine one" in kept and "last" in kept and tok.n_vocab == 512
 
 
+def test_own_files_of_other_systems_and_programs(tmp_path, capsys):
+    """Suffixes in capitals, fields that are null, half characters as JSON can spell them."""
+    lines = [{"text": f"number {n} " * 30, "domain": None, "source": None} for n in range(30)]
+    lines += [{"text": "half \ud83d"}, {"text": "whole " * 30, "domain": "b\ud83d", "source": "s\ud83d"}]
+    run, cfg = own_run(tmp_path, NOTES__TXT=b"words " * 500,
+                       b__JSONL="\n".join(map(json.dumps, lines)).encode())
+    out = tmp_path / "run"
+    out.mkdir()
+    train.prepare_data(run, cfg, out)
+    assert "b.JSONL line 31: 'utf-8' codec can't encode" in capsys.readouterr().err
+    index = json.loads((out / "data" / "index.json").read_text())
+    assert set(index["domains"]) == {"own", "b_"} and index["skipped"] == 1
+    assert "words words" in (out / "data" / "own.jsonl").read_text(encoding="utf-8")
+
+
 def test_one_file_is_cut_into_train_and_validation(tmp_path):
     lines = "".join(f"line {n}\n" for n in range(1000))
     run, _ = own_run(tmp_path, only__txt=lines.encode())
@@ -351,6 +366,16 @@ def test_one_file_is_cut_into_train_and_validation(tmp_path):
         (["--preset", "tinny"], r"unknown preset 'tinny', did you mean 'tiny'\?"),
         (["--steps", "many"], r"--steps: 'many' is no int"),
         (["--steps", "0"], r"steps must be at least 1, got 0"),
+        (["--steps", "1e400"], r"--steps: '1e400' is no int"),
+        (["--steps", "2.5e0"], r"--steps: '2.5e0' is no int"),
+        (["--threads", "-1"], r"threads must be at least 1, got -1"),
+        (["--seed", "-1"], r"seed must not be negative, got -1"),
+        (["--lr", "inf"], r"lr must be positive and finite, got inf"),
+        (["--grad_clip", "-1"], r"grad_clip must be positive and finite"),
+        (["--plan", "--mfu", "0"], r"mfu must be positive and finite, got 0"),
+        (["--plan", "--gpu_years", "nan"], r"gpu_years must be positive and finite, got nan"),
+        (["--plan", "--world", "-4"], r"world must be at least 1, got -4"),
+        (["--plan", "--serve_gpus", "-1"], r"serve_gpus must be at least 1, got -1"),
         (["--hidden_size", "-3"], r"hidden_size must be a whole number of at least 1, got -3"),
         (["--num_experts_per_tok", "99"], r"num_experts_per_tok \(99\) cannot exceed"),
         (["--optimizer", "sgd"], r"optimizer must be one of muonclip, muon, adamw"),
@@ -384,6 +409,12 @@ def test_other_settings_are_refused_and_foreign_folders_too(finished, tmp_path):
     with pytest.raises(SystemExit, match=r"other settings \(seed 0, now 5\)"):
         train.main(["pretrain", "--resume", "--out", str(finished), "--seed", "5"])
     assert weights_of(finished) == before
+    for saved, message in (([1], "no run's configuration"),
+                           ({"run": {"old_knob": 1}, "model": {}}, "other settings \\(old_knob\\)")):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        (tmp_path / "old" / "config.json").write_text(json.dumps(saved))
+        with pytest.raises(SystemExit, match=message):
+            train.main(["--resume", "--out", str(tmp_path / "old")])
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"x")
     with pytest.raises(SystemExit, match="is not the folder of a run"):
