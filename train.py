@@ -3805,6 +3805,12 @@ def play_all(episodes, agent, at_once=64):
 
 # --- agents: the teacher, a model, an endpoint; each is (episodes) -> their next messages ---
 
+def by_length(sequences, rows):
+    """Batches of `rows` numbers of sequences that are of about one length, so that little is padding."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    return [order[i : i + rows] for i in range(0, len(order), rows)]
+
+
 def call_message(calls, messages, content=""):
     """An assistant's message with calls [(name, arguments or JSON text)], numbered on through the dialog."""
     number = sum(len(message.get("tool_calls") or ()) for message in messages)
@@ -3895,36 +3901,32 @@ class Teacher:
             return say("To which value?")
         rounds = rounds_of(said)
         for step in task.plan:
-            ready = resolved(step, results)
-            for _ in range(4):
+            complete = False
+            while not complete:
                 if not rounds:
-                    return call_message(ready, episode.messages)
+                    return call_message(resolved(step, results), episode.messages)
                 got = rounds.pop(0)
                 errors = [result["error"] for result in got if "error" in result]
                 if errors and errors != ["busy, try again"]:
                     return say(f"That failed: {errors[0]}.")
-                if not errors and not any(result.get("more") for result in got):
-                    break
+                complete = not errors and not any(result.get("more") for result in got)
             results += got
         return say(filled(task.answer, results))
 
 
 class ModelAgent:
-    """A model of this project as the agent: it reads what a user of `sample.py --chat` would give it.
+    """A model of this project as the agent: it reads what a user of `sample.py --chat` would give it."""
 
-    Prompts are answered in batches of `rows` of about one length, so that little is padding.
-    """
-
-    def __init__(self, model, tok, most=64, temperature=0.0, generator=None, rows=128):
-        self.model, self.tok, self.most, self.rows = model, tok, most, rows
+    def __init__(self, model, tok, most=64, temperature=0.0, generator=None):
+        self.model, self.tok, self.most = model, tok, most
         self.temperature, self.generator = temperature, generator
 
     def __call__(self, episodes):
         prompts = [self.tok.render(episode.messages, episode.gate.declarations(), True)[0]
                    for episode in episodes]
         stop = [self.tok.special[name] for name in ("<|im_end|>", "[EOS]")]
-        order, messages = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-        for batch in (order[i : i + self.rows] for i in range(0, len(order), self.rows)):
+        messages = {}
+        for batch in by_length(prompts, rows=128):
             rows = self.model.generate([prompts[i] for i in batch], self.most, self.temperature, stop=stop,
                                        generator=self.generator)
             messages |= {i: self.tok.parse(row[len(prompts[i]):].tolist()) for i, row in zip(batch, rows)}
@@ -3986,12 +3988,12 @@ def judge(task, messages, log, tables):
     ran = collections.Counter(key(call) for call in log if call[3])
     expected = collections.Counter(key(call) for step in rubric["calls"] for call in step)
     answer = last["content"] if last["role"] == "assistant" and not last.get("tool_calls") else ""
+    said = {what: [mentions(answer, part) for part in rubric[what]] for what in ("answer", "any", "absent")}
     lacking = {name for name, _ in expected - ran}
     met = {f"called {name}": name not in lacking for name, _ in expected}
     met["state"] = tables == rubric["state"]
-    met["answer"] = bool(answer.strip()) and all(mentions(answer, part) for part in rubric["answer"]) and (
-        not rubric["any"] or any(mentions(answer, part) for part in rubric["any"])) and not any(
-        mentions(answer, part) for part in rubric["absent"])
+    met["answer"] = (bool(answer.strip()) and all(said["answer"]) and any(said["any"] or [True])
+                     and not any(said["absent"]))
     if not rubric["calls"]:
         met["no call"] = not log
     more = ran - expected
@@ -4087,13 +4089,12 @@ def marks_of(folder):
         try:
             row = json.loads(line)
             name, mark = row["id"], row["mark"]
-            hash((name, mark))
+            if mark:
+                marks[name] = mark
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{path}, line {number}: a line needs "id" and "mark"') from None
         if mark not in ("", "keep", "drop"):
             raise UserError(f'{path}, line {number}: "mark" is "keep", "drop" or "", not {str(mark)[:40]!r}')
-        if mark:
-            marks[name] = mark
     return marks
 
 
@@ -4216,11 +4217,13 @@ def make_trajectories(run, tok, out):
 # foresee it, and a toy that tries learns to copy much later.
 
 def page(domain, source, lines):
-    """A document of (text, is learned) lines."""
-    ends = itertools.accumulate(len(text) + 1 for text, _ in lines)
-    silent = [(end - len(text) - 1, end) for (text, is_learned), end in zip(lines, ends) if not is_learned]
-    doc = document("".join(text + "\n" for text, _ in lines), domain, source)
-    return {**doc, "silent": silent, "split": split_of(source)}
+    """A document of (line, is learned) pairs."""
+    text, silent = "", []
+    for line, is_learned in lines:
+        start, text = len(text), f"{text}{line}\n"
+        if not is_learned:
+            silent.append((start, len(text)))
+    return {**document(text, domain, source), "silent": silent, "split": split_of(source)}
 
 
 def tool_documents(run, count=5_000):
@@ -4305,20 +4308,23 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
 def drill_documents(run, count=4_000):
     """Pages of DRILLS: copying, which the use of tools is made of, and nothing else. The words of new
     domains are among those that names are made of, as a large corpus has all words; their tools are not."""
-    words = sorted(set(",".join(FIELD_WORDS.values()).split(",")))
-    units = list(itertools.chain(*UNITS.values()))
+    kinds = {
+        "a b c d e": LABELS, "n": TENS, "p": TENS,
+        "m": lambda rng: sum(rng.choices(TENS, k=rng.randrange(1, 4))),
+        "word": sorted(set(",".join(FIELD_WORDS.values()).split(","))),
+        "date": a_date, "room": list(ROOMS), "slot": SLOTS,
+        "unit other": list(itertools.chain(*UNITS.values())),
+        "who": PEOPLE, "sign": ("plus", "minus", "times", "over"),
+        "application place site shop": APPLICATIONS, "o o2 o3 o4": list(OBJECTS),
+        "verb": list(OPERATIONS), "f": OBJECT_FIELDS,
+    }
     for number in range(min(count, run.max_documents or count)):
         rng, lines = random.Random(f"drill {run.seed} {number}"), []
         for _ in range(5):
-            slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": rng.choice(TENS),
-                     "p": rng.choice(TENS), "m": sum(rng.choices(TENS, k=rng.randrange(1, 4))),
-                     "word": rng.choice(words),
-                     "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
-                     **dict(zip(("unit", "other"), rng.sample(units, 2))),
-                     "who": rng.choice(PEOPLE), "sign": rng.choice(("plus", "minus", "times", "over")),
-                     **dict(zip(("application", "place", "site", "shop"), rng.sample(APPLICATIONS, 4))),
-                     **dict(zip(("o", "o2", "o3", "o4"), rng.sample(list(OBJECTS), 4))),
-                     "verb": rng.choice(list(OPERATIONS)), "f": rng.choice(OBJECT_FIELDS)}
+            slots = {}
+            for names, of in kinds.items():
+                names = names.split()
+                slots |= zip(names, [of(rng)] if callable(of) else rng.sample(of, len(names)))
             said = spoken(slots)
             slots |= {"said": said["n"], "more": said["p"], "spoken": said["date"].removeprefix("the ")}
             lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]
@@ -4372,9 +4378,11 @@ def math_dialogs(rng, n):
         yield exchange(problem.partition(": ")[2], steps)
 
 
-def critic_question(asked, first, second):
-    """What the critic is asked: which of two answers is better (R 3.2.2)? It says A or B."""
-    return f"Question: {asked}\nA: {first}\nB: {second}\nWhich answer is better, A or B?"
+def rated(asked, first, second, rubric=""):
+    """What the critic is asked (R 3.2.2): which of two answers is better, under a rubric where the task has
+    no checker? It says A or B."""
+    rule = f"\nRubric: {rubric}" if rubric else ""
+    return f"Question: {asked}{rule}\nA: {first}\nB: {second}\nWhich answer is better, A or B?"
 
 
 def critic_dialogs(rng, n):
@@ -4386,7 +4394,7 @@ def critic_dialogs(rng, n):
         at = rng.choice([match.start() for match in re.finditer(r"\d", right)])
         wrong = right[:at] + str((int(right[at]) + rng.randrange(1, 10)) % 10) + right[at + 1 :]
         pair, best = rng.choice((((right, wrong), "A"), ((wrong, right), "B")))
-        yield exchange(critic_question(problem.partition(": ")[2], *pair), best)
+        yield exchange(rated(problem.partition(": ")[2], *pair), best)
 
 
 def dialog_fault(record):
@@ -4427,7 +4435,7 @@ def sft_sources(job):
     n = run.trajectories
     sources = {"tools": reviewed(job.out / "data"), "chat": list(chat_dialogs(rng, n // 5)),
                "math": list(math_dialogs(rng, n // 5)), "critic": list(critic_dialogs(rng, n // 8))}
-    for domain in ("math", "instruction", "faithful", "code", "safety", "subjective"):  # of section 5
+    for domain in QUESTIONS:  # of section 5
         sources.setdefault(domain, []).extend(gym_dialogs(domain, run.seed, n // 3))
     sources["critic"] += gym_critic_dialogs(rng, n // 2, run.seed)
     if world := training_world(job.out):
@@ -5257,12 +5265,6 @@ def accumulate_policy(model, job, groups, tau):
 
 
 # --- the critic ---
-
-
-def rated(asked, first, second, rubric=""):
-    """The critic's question about two answers, under rubrics where the task has no checker."""
-    return critic_question(asked, first, second) if not rubric else critic_question(
-        f"{asked}\nRubric: {rubric}", first, second)
 
 
 def gym_critic_dialogs(rng, n, seed):
