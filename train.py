@@ -5015,11 +5015,11 @@ class Rollout:
     paused: bool = False  # some of it was said in an earlier iteration, by other weights
     latent: torch.Tensor | None = None  # (L, S, R + rope) of ids[:S]
     env: typing.Any = None
+    limit: int = 0  # of len(said), until it pauses
 
     def facts(self):
         """What a checkpoint holds as JSON; the latents go with the tensors, the environment is replayed."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                if field.name not in ("latent", "env")}
+        return {key: value for key, value in vars(self).items() if key not in ("latent", "env", "limit")}
 
 
 def draw(logits, temperatures, u):
@@ -5043,13 +5043,12 @@ class Engine:
         self.stop = {tok.special["<|im_end|>"], tok.special["[EOS]"]}
         self.opening = len(tok.render([{"role": "system", "content": ""}])[0])
 
-    def begin(self, prompt, env, numbers, temperature):
+    def begin(self, prompt, envs, numbers, temperature):
         """A group: rollouts of one prompt."""
-        ids, _ = self.tok.render(env[0].reset(), env[0].tools, True)
-        for other in env[1:]:
-            other.reset()
-        return [Rollout(prompt, number, temperature, list(ids), turn=len(ids), env=e)
-                for number, e in zip(numbers, env)]
+        first = [env.reset() for env in envs][0]
+        ids, _ = self.tok.render(first, envs[0].tools, True)
+        return [Rollout(prompt, number, temperature, list(ids), turn=len(ids), env=env)
+                for number, env in zip(numbers, envs)]
 
     def most(self, rollout):
         return max(1, round(self.budget * TASK_BUDGETS[rollout.prompt["domain"]]))
@@ -5058,9 +5057,8 @@ class Engine:
     def play(self, rollouts, segment=None):
         """Continue rollouts until each has its reward, or has said `segment` tokens more."""
         decoder = Decoder(self.model)
-        limit = {id(rollout): min(self.most(rollout), len(rollout.said) + (segment or self.budget))
-                 for rollout in rollouts}
         for rollout in rollouts:
+            rollout.limit = min(self.most(rollout), len(rollout.said) + (segment or self.budget))
             rollout.paused |= bool(rollout.said)
             if self.recompute:
                 rollout.latent = None
@@ -5069,14 +5067,14 @@ class Engine:
             while playing:
                 playing.sort(key=lambda rollout: len(rollout.ids))
                 for i in range(0, len(playing), self.rows):
-                    self.decode(playing[i : i + self.rows], limit, decoder)
+                    self.decode(playing[i : i + self.rows], decoder)
                 list(pool.map(self.answer, playing))
                 playing = [rollout for rollout in playing
-                           if rollout.reward is None and len(rollout.said) < limit[id(rollout)]]
+                           if rollout.reward is None and len(rollout.said) < rollout.limit]
 
     def answer(self, rollout):
         """Let the environment answer a turn that is complete; over the budget there is no reward."""
-        if rollout.ids[-1] in self.stop and len(rollout.ids) > rollout.turn:
+        if rollout.ids[-1] in self.stop:
             message = self.tok.parse(rollout.ids[rollout.turn :])
             rollout.messages.append(message)
             more, reward, done = rollout.env.step(dict(message))
@@ -5094,18 +5092,16 @@ class Engine:
     def know_prompts(self, batch):
         """Latents of all but the last token of each prompt that has none, once for all that share it: few at
         a time and of about one length, since scores of all pairs of many long rows leave the caches."""
-        new = {tuple(rollout.ids): None for rollout in batch if rollout.latent is None}
-        order = sorted(new, key=len)
-        for ids in (order[i : i + 64] for i in range(0, len(order), 64)):
-            tokens, padding = left_pad(ids, 0, self.model.lm_head.weight.device)
-            cache = self.empty_cache(len(ids), tokens.shape[1])
+        fresh = [rollout for rollout in batch if rollout.latent is None]
+        prompts, latents = list(dict.fromkeys(tuple(rollout.ids) for rollout in fresh)), {}
+        for few in by_length(prompts, rows=64):
+            tokens, padding = left_pad([prompts[i] for i in few], 0, self.model.lm_head.weight.device)
+            cache = self.empty_cache(len(few), tokens.shape[1])
             cache.padding = padding
-            if tokens.shape[1] > 1:
-                self.model.hidden(tokens[:, :-1], cache)
-            new |= {row: latents_of(cache, i) for i, row in enumerate(ids)}
-        for rollout in batch:
-            if rollout.latent is None:
-                rollout.latent = new[tuple(rollout.ids)]
+            self.model.hidden(tokens[:, :-1], cache)
+            latents |= {prompts[i]: latents_of(cache, row) for row, i in enumerate(few)}
+        for rollout in fresh:
+            rollout.latent = latents[tuple(rollout.ids)]
 
     def empty_cache(self, rows, length):
         weight = self.model.lm_head.weight
@@ -5129,9 +5125,9 @@ class Engine:
         tokens = [[0] * (M - len(rollout.ids)) + rollout.ids[-M:] for rollout in batch]
         return cache, torch.tensor(tokens, device=device)
 
-    def decode(self, batch, limit, decoder):
+    def decode(self, batch, decoder):
         """Each rollout of a batch says its turn, or as much of it as its limit allows."""
-        room = max(limit[id(rollout)] - len(rollout.said) for rollout in batch)
+        room = max(rollout.limit - len(rollout.said) for rollout in batch)
         cache, tokens = self.join(batch, room)
         logits = self.model.lm_head(self.model.hidden(tokens, cache)[:, -1])
         draws = {id(rollout): self.draws(rollout) for rollout in batch}
@@ -5146,7 +5142,7 @@ class Engine:
                 rollout.said.append(len(rollout.ids))
                 rollout.logp.append(logp[i])
                 rollout.ids.append(token[i])
-                if token[i] in self.stop or len(rollout.said) >= limit[id(rollout)]:
+                if token[i] in self.stop or len(rollout.said) >= rollout.limit:
                     rollout.latent = latents_of(cache, i)
                     going.remove(i)
             if not going:
@@ -5165,7 +5161,7 @@ class Engine:
 
 def latents_of(cache, row):
     """What a cache holds of one row, without its padding: (L, S, R + rope)."""
-    start = 0 if cache.padding is None else int(cache.padding[row])
+    start = int(cache.padding[row])
     return torch.stack([buffer[row, start : cache.length] for buffer in cache.buffers])
 
 
