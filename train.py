@@ -5189,6 +5189,11 @@ def answer_rows(group, length):
     return rows
 
 
+def rectangle(rows, fill):
+    """Lists of numbers as one tensor (B, T), the shorter ones filled up at the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+
+
 def answer_batch(rows):
     """Tensors of rows of rollouts (B, T): tokens, targets (-100 but for what the policy said), document,
     position, and for each target, in order, the number of its answer.
@@ -5196,7 +5201,7 @@ def answer_batch(rows):
     A row is a prompt, document 0, and its answers, documents 1, 2 ..., each with the prompt's last token
     before it, from which its first is foretold: they see the prompt and themselves, as if alone.
     """
-    filled, answer, number = [], [], 0
+    parts, answer, number = [], [], 0
     for row in rows:
         start = row[0].said[0] - 1  # all but the prompt's last token is shared
         tokens, targets = row[0].ids[:start], [-100] * start
@@ -5209,11 +5214,9 @@ def answer_batch(rows):
             position += range(start, len(rollout.ids) - 1)
             answer += [number] * len(rollout.said)
             number += 1
-        filled.append((tokens, targets, document, position))
-    T = max(len(tokens) for tokens, *_ in filled)
-    parts = [[part + [fill] * (T - len(part)) for part in column]
-             for column, fill in zip(zip(*filled), (0, -100, -1, 0))]
-    return *map(torch.tensor, parts), torch.tensor(answer)
+        parts.append((tokens, targets, document, position))
+    filled = (rectangle(part, fill) for part, fill in zip(zip(*parts), (0, -100, -1, 0)))
+    return *filled, torch.tensor(answer)
 
 
 def answer_logps(model, tokens, targets, document, position, answer, temperature):
@@ -5284,13 +5287,11 @@ class Critic:
         asked = [rated(request, *order, rubric) for request, rubric, a, b in pairs
                  for order in ((a, b), (b, a))]
         prompts = [self.tok.render([{"role": "user", "content": text}], None, True)[0] for text in asked]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         p_a = torch.zeros(len(prompts))
-        for batch in (order[i : i + self.rows] for i in range(0, len(order), self.rows)):
-            sizes = [len(prompts[i]) for i in batch]
-            tokens = torch.tensor([prompts[i] + [0] * (max(sizes) - len(prompts[i])) for i in batch],
-                                  device=self.model.lm_head.weight.device)
-            hidden = self.model.hidden(tokens)[range(len(batch)), [size - 1 for size in sizes]]
+        for batch in by_length(prompts, self.rows):
+            tokens = rectangle([prompts[i] for i in batch], 0).to(self.model.lm_head.weight.device)
+            last = [len(prompts[i]) - 1 for i in batch]
+            hidden = self.model.hidden(tokens)[range(len(batch)), last]
             logits = self.model.lm_head(hidden).float()[:, self.letters]
             p_a[batch] = logits.softmax(dim=-1)[:, 0].cpu()
         return (p_a[::2] + 1 - p_a[1::2]) / 2, p_a.mean().item()
@@ -5302,24 +5303,26 @@ def accuracy(critic, pairs):
     return (wins > 0.5).float().mean().item(), bias
 
 
-def judge_group(critic, rollouts, neighbours=1):
-    """Rewards of a group without a checker: each answer meets its next neighbours in a ring, in both orders,
-    and its reward is its mean chance to win (the report does not say how wins become a reward: UNCONFIRMED).
-    Who broke a prescriptive rule, ended empty or over budget, has lost: 0."""
-    n, question = len(rollouts), rollouts[0].env
+def judge_group(critic, rollouts):
+    """(rewards, P(A)) of a group without a checker: each answer meets its two neighbours in a ring, in both
+    orders, and its reward is its mean chance to win (the report does not say how wins become a reward:
+    UNCONFIRMED). Who broke a prescriptive rule, ended empty or over budget, has lost: 0."""
+    question = rollouts[0].env
     texts = [rollout.messages[-1]["content"] if rollout.messages else "" for rollout in rollouts]
-    meetings = [(i, (i + step) % n) for step in range(1, min(neighbours, n - 1) + 1) for i in range(n)]
-    wins, bias = critic.first_wins([(question.request, question.rubric, texts[i], texts[j])
-                                    for i, j in meetings])
-    scores = collections.defaultdict(list)
-    for (i, j), win in zip(meetings, wins.tolist()):
-        scores[i].append(win)
-        scores[j].append(1 - win)
-    return [sum(scores[i]) / len(scores[i]) if rollout.reward else 0.0
-            for i, rollout in enumerate(rollouts)], bias
+    wins, bias = critic.first_wins([(question.request, question.rubric, text, following)
+                                    for text, following in zip(texts, texts[1:] + texts[:1])])
+    wins = wins.tolist()
+    return [(win + (1 - before)) / 2 if rollout.reward else 0.0
+            for rollout, win, before in zip(rollouts, wins, wins[-1:] + wins)], bias
 
 
 # --- the controller: prompts, rollouts, rewards, batches; all of it can be saved and goes on ---
+
+
+def mean(values):
+    """Of none it is 0."""
+    values = list(values)
+    return sum(values) / max(1, len(values))
 
 
 class Controller:
@@ -5404,7 +5407,7 @@ class Controller:
 
     def score(self, ended):
         """Rewards become advantages; right and wrong answers become pairs with a known order."""
-        groups, pairs, by_domain, biases, attacked = [], [], {}, [], []
+        groups, pairs, biases, attacked, by_domain = [], [], [], [], collections.defaultdict(list)
         for group in ended:
             prompt = group[0].prompt
             domain, rewards = prompt["domain"], [rollout.reward for rollout in group]
@@ -5418,25 +5421,22 @@ class Controller:
             elif domain != "subjective":
                 old = self.passed.get(name_of(prompt), prompt["passed"])
                 self.passed[name_of(prompt)] = (old + right / len(group)) / 2
-            by_domain.setdefault(domain, []).append(sum(rewards) / len(rewards))
+            by_domain[domain].append(mean(rewards))
             if pair := known_order(group):
                 pairs.append(pair)
             weight = (self.run.rl_weights or {}).get(domain, 1.0)
             rewards = [weight * (reward - self.run.rl_penalty * rollout.truncated)
                        for reward, rollout in zip(rewards, group)]
-            mean = sum(rewards) / len(rewards)
-            groups.append([(rollout, reward - mean) for rollout, reward in zip(group, rewards)])
+            groups.append([(rollout, reward - mean(rewards)) for rollout, reward in zip(group, rewards)])
         answers = [rollout for group in ended for rollout in group]
-        n = max(1, len(answers))
-        figures = {"rewards": {name: sum(v) / len(v) for name, v in sorted(by_domain.items())},
-                   "length": sum(len(rollout.said) for rollout in answers) / n,
-                   "truncated": sum(rollout.truncated for rollout in answers) / n}
-        checked = [share for name, share in figures["rewards"].items() if name != "subjective"]
-        figures["reward"] = sum(checked) / max(1, len(checked))
+        figures = {"rewards": {domain: mean(found) for domain, found in sorted(by_domain.items())},
+                   "length": mean(len(rollout.said) for rollout in answers),
+                   "truncated": mean(rollout.truncated for rollout in answers)}
+        figures["reward"] = mean(by for domain, by in figures["rewards"].items() if domain != "subjective")
         if attacked:
-            figures["attack_success"] = sum(attacked) / len(attacked)
+            figures["attack_success"] = mean(attacked)
         if biases:
-            figures["position_bias"] = sum(biases) / len(biases) - 0.5
+            figures["position_bias"] = mean(biases) - 0.5
         return groups, pairs, figures
 
     def state_dict(self):
@@ -5512,12 +5512,9 @@ def choose_prompts(job, model, toolbox):
 def padded(dialogs, tok, device):
     """Dialogs, one a row: tokens and targets (-100 where the assistant is silent), (B, T)."""
     rendered = [tok.render(dialog["messages"], dialog.get("tools")) for dialog in dialogs]
-    T = max(len(ids) for ids, _ in rendered) - 1
-    tokens, targets = torch.zeros(len(rendered), T, dtype=torch.long), torch.full((len(rendered), T), -100)
-    for row, (ids, mask) in enumerate(rendered):
-        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, : len(ids) - 1] = torch.tensor(ids[1:]).where(torch.tensor(mask[1:]) > 0, -100)
-    return tokens.to(device), targets.to(device)
+    tokens = [ids[:-1] for ids, _ in rendered]
+    targets = [[i if said else -100 for i, said in zip(ids[1:], mask[1:])] for ids, mask in rendered]
+    return rectangle(tokens, 0).to(device), rectangle(targets, -100).to(device)
 
 
 # ==================================================================================================
