@@ -4024,16 +4024,13 @@ def rule_faults(episode, tok):
         if message["role"] == "system" and message.get("name") == "tool":
             faults.append("rule: a call did not parse")
         for call in message.get("tool_calls") or ():
-            name, text = call["function"]["name"], call["function"]["arguments"]
-            if name not in gate.tools:
-                faults.append("rule: undeclared tool")
-                continue
+            tool, text = gate.tools.get(call["function"]["name"]), call["function"]["arguments"]
             try:
-                reason = misfit(json.loads(text), {**gate.tools[name].parameters, "type": "object"})
+                fits = tool and not misfit(json.loads(text), {**tool.parameters, "type": "object"})
             except (ValueError, RecursionError):
-                reason = "broken"
-            if reason:
-                faults.append("rule: arguments that do not fit")
+                fits = False
+            if not fits:
+                faults.append("rule: arguments that do not fit" if tool else "rule: undeclared tool")
         if message["role"] == "assistant":
             ids, mask = tok.render([{"role": "system", "content": ""}, message])
             back = tok.parse([i for i, said in zip(ids, mask) if said])
@@ -4587,10 +4584,9 @@ def prepare_data(run, cfg, out):
     for domain in dict.fromkeys(doc["domain"] for doc in documents):
         mine = [doc for doc in documents if doc["domain"] == domain]
         write_jsonl(folder / f"{domain}.jsonl", mine)
-        for split in ("train", "val"):
-            here = [doc for doc in mine if doc["split"] == split]
-            sizes = write_tokens(folder / f"{domain}.{split}.bin", here, tok, dtype)
-            index.setdefault(domain, {})[split] = sizes
+        index[domain] = {split: write_tokens(folder / f"{domain}.{split}.bin",
+                                             [doc for doc in mine if doc["split"] == split], tok, dtype)
+                         for split in ("train", "val")}
     about = {"dtype": dtype.str, "vocab_size": tok.n_vocab, "skipped": len(skipped), "duplicates": twins,
              "domains": index, "rephrase": acceptance(accepted, rejected)}
     write_card(folder / "card.md", about, documents, rejected)
@@ -5320,7 +5316,7 @@ def judge_group(critic, rollouts):
 
 
 def mean(values):
-    """Of none it is 0."""
+    """The mean of numbers, 0 of none."""
     values = list(values)
     return sum(values) / max(1, len(values))
 
@@ -5445,7 +5441,7 @@ class Controller:
         facts = {"flight": flight, "started": self.started, "asked": self.asked, "passed": self.passed,
                  "seen": self.seen,
                  "attacks": [[list(attack), score] for attack, score in self.attacks.tried.items()]}
-        tensors = {f"latent.{rollout.number}": rollout.latent for group in self.flight for rollout in group
+        tensors = {f"latent.{rollout.number}": rollout.latent for rollout in itertools.chain(*self.flight)
                    if rollout.latent is not None}
         return {"facts": facts, "tensors": tensors}
 
@@ -5456,7 +5452,7 @@ class Controller:
         self.seen = collections.Counter(facts["seen"])
         self.attacks.tried = {tuple(attack): score for attack, score in facts["attacks"]}
         self.flight = [[Rollout(**rollout) for rollout in group] for group in facts["flight"]]
-        for rollout in (rollout for group in self.flight for rollout in group):
+        for rollout in itertools.chain(*self.flight):
             if self.is_mine(rollout):
                 rollout.latent = state["tensors"].get(f"latent.{rollout.number}")
             rollout.env = environment(rollout.prompt, self.toolbox)
