@@ -5341,6 +5341,10 @@ class Controller:
         share = step / max(1, self.run.rl_steps - 1)
         return self.run.rl_temperature + share * (self.run.rl_temperature_end - self.run.rl_temperature)
 
+    def rate(self, prompt):
+        """Share of the answers to a prompt that were right so far, the last ones counting most."""
+        return self.passed.get(name_of(prompt), prompt["passed"])
+
     def choose(self, step, n):
         """n prompts, from the domains in turn: those of the pool that were asked least, or the harder the
         likelier (prioritized), or first the easy ones (curriculum)."""
@@ -5349,13 +5353,12 @@ class Controller:
             domain = list(self.pool)[self.asked % len(self.pool)]
             self.asked += 1
             prompts = self.pool[domain]
-            rates = [self.passed.get(name_of(prompt), prompt["passed"]) for prompt in prompts]
             if self.run.rl_sampling == "prioritized":
-                prompt = rng.choices(prompts, [1.05 - rate for rate in rates])[0]
+                prompt = rng.choices(prompts, [1.05 - self.rate(prompt) for prompt in prompts])[0]
             elif self.run.rl_sampling == "curriculum":
-                order = sorted(range(len(prompts)), key=lambda i: -rates[i])
-                reach = math.ceil(len(order) * (0.3 + 0.7 * step / max(1, self.run.rl_steps - 1)))
-                prompt = prompts[rng.choice(order[:reach])]
+                easiest = sorted(prompts, key=self.rate, reverse=True)
+                reach = math.ceil(len(prompts) * (0.3 + 0.7 * step / max(1, self.run.rl_steps - 1)))
+                prompt = rng.choice(easiest[:reach])
             else:
                 prompt = min(prompts, key=lambda prompt: (self.seen[name_of(prompt)], rng.random()))
             self.seen[name_of(prompt)] += 1
@@ -5415,8 +5418,7 @@ class Controller:
                 self.attacks.learn(prompt["attack"], len(group) - right, len(group))
                 attacked.append(1 - right / len(group))
             elif domain != "subjective":
-                old = self.passed.get(name_of(prompt), prompt["passed"])
-                self.passed[name_of(prompt)] = (old + right / len(group)) / 2
+                self.passed[name_of(prompt)] = (self.rate(prompt) + right / len(group)) / 2
             by_domain[domain].append(mean(rewards))
             if pair := known_order(group):
                 pairs.append(pair)
