@@ -4914,7 +4914,7 @@ def small_world(number):
 
 def subjective_question(rng):
     """A description for a child or a notice, from two facts. Its worth is 1 unless a prescriptive rule is
-    broken: what it is really worth its rivals decide (`win_rates`)."""
+    broken: what it is really worth its rivals decide (`judge_group`)."""
     entity = rng.choice(small_world(rng.randrange(300)))
     subject, rules = subject_of(entity), grammar(entity["kind"])
     told = [(rules[fact]["says"], value) for fact, value in rng.sample(in_order(entity), 2)]
@@ -5126,27 +5126,26 @@ class Engine:
         room = max(rollout.limit - len(rollout.said) for rollout in batch)
         cache, tokens = self.join(batch, room)
         logits = self.model.lm_head(self.model.hidden(tokens, cache)[:, -1])
-        draws = {id(rollout): self.draws(rollout) for rollout in batch}
+        draws = {rollout.number: self.draws(rollout) for rollout in batch}
         temperatures = logits.new_tensor([rollout.temperature for rollout in batch])
         going = set(range(len(batch)))  # rows that have not ended
         while True:
-            u = logits.new_tensor([draws[id(rollout)][len(rollout.said) % self.budget] for rollout in batch])
-            drawn = draw(logits, temperatures, u)
-            token, logp = (part.tolist() for part in drawn)
+            u = [draws[rollout.number][len(rollout.said) % self.budget] for rollout in batch]
+            token, logp = draw(logits, temperatures, logits.new_tensor(u))
+            ids, logps = token.tolist(), logp.tolist()
             for i in sorted(going):
                 rollout = batch[i]
                 rollout.said.append(len(rollout.ids))
-                rollout.logp.append(logp[i])
-                rollout.ids.append(token[i])
-                if token[i] in self.stop or len(rollout.said) >= rollout.limit:
+                rollout.logp.append(logps[i])
+                rollout.ids.append(ids[i])
+                if ids[i] in self.stop or len(rollout.said) >= rollout.limit:
                     rollout.latent = latents_of(cache, i)
                     going.remove(i)
             if not going:
                 return
-            token = drawn[0]
             if 2 * len(going) <= len(batch):  # the half that goes on need not carry the other
-                rows = torch.tensor(sorted(going), device=token.device)
-                batch, going = [batch[i] for i in sorted(going)], set(range(len(going)))
+                rows = sorted(going)
+                batch, going = [batch[i] for i in rows], set(range(len(rows)))
                 temperatures, token, cache = temperatures[rows], token[rows], cache.select(rows)
             logits = decoder.step(token, cache)
 
