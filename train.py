@@ -3816,6 +3816,12 @@ def play_all(episodes, agent, at_once=64):
 
 # --- agents: the teacher, a model, an endpoint; each is (episodes) -> their next messages ---
 
+def by_length(sequences, rows):
+    """Batches of `rows` numbers of sequences that are of about one length, so that little is padding."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    return [order[i : i + rows] for i in range(0, len(order), rows)]
+
+
 def call_message(calls, messages, content=""):
     """An assistant's message with calls [(name, arguments or JSON text)], numbered on through the dialog."""
     number = sum(len(message.get("tool_calls") or ()) for message in messages)
@@ -3906,36 +3912,32 @@ class Teacher:
             return say("To which value?")
         rounds = rounds_of(said)
         for step in task.plan:
-            ready = resolved(step, results)
-            for _ in range(4):
+            complete = False
+            while not complete:
                 if not rounds:
-                    return call_message(ready, episode.messages)
+                    return call_message(resolved(step, results), episode.messages)
                 got = rounds.pop(0)
                 errors = [result["error"] for result in got if "error" in result]
                 if errors and errors != ["busy, try again"]:
                     return say(f"That failed: {errors[0]}.")
-                if not errors and not any(result.get("more") for result in got):
-                    break
+                complete = not errors and not any(result.get("more") for result in got)
             results += got
         return say(filled(task.answer, results))
 
 
 class ModelAgent:
-    """A model of this project as the agent: it reads what a user of `sample.py --chat` would give it.
+    """A model of this project as the agent: it reads what a user of `sample.py --chat` would give it."""
 
-    Prompts are answered in batches of `rows` of about one length, so that little is padding.
-    """
-
-    def __init__(self, model, tok, most=64, temperature=0.0, generator=None, rows=128):
-        self.model, self.tok, self.most, self.rows = model, tok, most, rows
+    def __init__(self, model, tok, most=64, temperature=0.0, generator=None):
+        self.model, self.tok, self.most = model, tok, most
         self.temperature, self.generator = temperature, generator
 
     def __call__(self, episodes):
         prompts = [self.tok.render(episode.messages, episode.gate.declarations(), True)[0]
                    for episode in episodes]
         stop = [self.tok.special[name] for name in ("<|im_end|>", "[EOS]")]
-        order, messages = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-        for batch in (order[i : i + self.rows] for i in range(0, len(order), self.rows)):
+        messages = {}
+        for batch in by_length(prompts, rows=128):
             rows = self.model.generate([prompts[i] for i in batch], self.most, self.temperature, stop=stop,
                                        generator=self.generator)
             messages |= {i: self.tok.parse(row[len(prompts[i]):].tolist()) for i, row in zip(batch, rows)}
@@ -3997,12 +3999,12 @@ def judge(task, messages, log, tables):
     ran = collections.Counter(key(call) for call in log if call[3])
     expected = collections.Counter(key(call) for step in rubric["calls"] for call in step)
     answer = last["content"] if last["role"] == "assistant" and not last.get("tool_calls") else ""
+    said = {what: [mentions(answer, part) for part in rubric[what]] for what in ("answer", "any", "absent")}
     lacking = {name for name, _ in expected - ran}
     met = {f"called {name}": name not in lacking for name, _ in expected}
     met["state"] = tables == rubric["state"]
-    met["answer"] = bool(answer.strip()) and all(mentions(answer, part) for part in rubric["answer"]) and (
-        not rubric["any"] or any(mentions(answer, part) for part in rubric["any"])) and not any(
-        mentions(answer, part) for part in rubric["absent"])
+    met["answer"] = (bool(answer.strip()) and all(said["answer"]) and any(said["any"] or [True])
+                     and not any(said["absent"]))
     if not rubric["calls"]:
         met["no call"] = not log
     more = ran - expected
@@ -4033,16 +4035,13 @@ def rule_faults(episode, tok):
         if message["role"] == "system" and message.get("name") == "tool":
             faults.append("rule: a call did not parse")
         for call in message.get("tool_calls") or ():
-            name, text = call["function"]["name"], call["function"]["arguments"]
-            if name not in gate.tools:
-                faults.append("rule: undeclared tool")
-                continue
+            tool, text = gate.tools.get(call["function"]["name"]), call["function"]["arguments"]
             try:
-                reason = misfit(json.loads(text), {**gate.tools[name].parameters, "type": "object"})
+                fits = tool and not misfit(json.loads(text), {**tool.parameters, "type": "object"})
             except (ValueError, RecursionError):
-                reason = "broken"
-            if reason:
-                faults.append("rule: arguments that do not fit")
+                fits = False
+            if not fits:
+                faults.append("rule: arguments that do not fit" if tool else "rule: undeclared tool")
         if message["role"] == "assistant":
             ids, mask = tok.render([{"role": "system", "content": ""}, message])
             back = tok.parse([i for i, said in zip(ids, mask) if said])
@@ -4098,13 +4097,12 @@ def marks_of(folder):
         try:
             row = json.loads(line)
             name, mark = row["id"], row["mark"]
-            hash((name, mark))
+            if mark:
+                marks[name] = mark
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{path}, line {number}: a line needs "id" and "mark"') from None
         if mark not in ("", "keep", "drop"):
             raise UserError(f'{path}, line {number}: "mark" is "keep", "drop" or "", not {str(mark)[:40]!r}')
-        if mark:
-            marks[name] = mark
     return marks
 
 
@@ -4227,11 +4225,13 @@ def make_trajectories(run, tok, out):
 # foresee it, and a toy that tries learns to copy much later.
 
 def page(domain, source, lines):
-    """A document of (text, is learned) lines."""
-    ends = itertools.accumulate(len(text) + 1 for text, _ in lines)
-    silent = [(end - len(text) - 1, end) for (text, is_learned), end in zip(lines, ends) if not is_learned]
-    doc = document("".join(text + "\n" for text, _ in lines), domain, source)
-    return {**doc, "silent": silent, "split": split_of(source)}
+    """A document of (line, is learned) pairs."""
+    text, silent = "", []
+    for line, is_learned in lines:
+        start, text = len(text), f"{text}{line}\n"
+        if not is_learned:
+            silent.append((start, len(text)))
+    return {**document(text, domain, source), "silent": silent, "split": split_of(source)}
 
 
 def tool_documents(run, count=5_000):
@@ -4316,20 +4316,23 @@ DRILLS = (  # read, written, read, written ...: all that is written was read bef
 def drill_documents(run, count=4_000):
     """Pages of DRILLS: copying, which the use of tools is made of, and nothing else. The words of new
     domains are among those that names are made of, as a large corpus has all words; their tools are not."""
-    words = sorted(set(",".join(FIELD_WORDS.values()).split(",")))
-    units = list(itertools.chain(*UNITS.values()))
+    kinds = {
+        "a b c d e": LABELS, "n": TENS, "p": TENS,
+        "m": lambda rng: sum(rng.choices(TENS, k=rng.randrange(1, 4))),
+        "word": sorted(set(",".join(FIELD_WORDS.values()).split(","))),
+        "date": a_date, "room": list(ROOMS), "slot": SLOTS,
+        "unit other": list(itertools.chain(*UNITS.values())),
+        "who": PEOPLE, "sign": ("plus", "minus", "times", "over"),
+        "application place site shop": APPLICATIONS, "o o2 o3 o4": list(OBJECTS),
+        "verb": list(OPERATIONS), "f": OBJECT_FIELDS,
+    }
     for number in range(min(count, run.max_documents or count)):
         rng, lines = random.Random(f"drill {run.seed} {number}"), []
         for _ in range(5):
-            slots = {**dict(zip("abcde", rng.sample(LABELS, 5))), "n": rng.choice(TENS),
-                     "p": rng.choice(TENS), "m": sum(rng.choices(TENS, k=rng.randrange(1, 4))),
-                     "word": rng.choice(words),
-                     "date": a_date(rng), "room": rng.choice(list(ROOMS)), "slot": rng.choice(SLOTS),
-                     **dict(zip(("unit", "other"), rng.sample(units, 2))),
-                     "who": rng.choice(PEOPLE), "sign": rng.choice(("plus", "minus", "times", "over")),
-                     **dict(zip(("application", "place", "site", "shop"), rng.sample(APPLICATIONS, 4))),
-                     **dict(zip(("o", "o2", "o3", "o4"), rng.sample(list(OBJECTS), 4))),
-                     "verb": rng.choice(list(OPERATIONS)), "f": rng.choice(OBJECT_FIELDS)}
+            slots = {}
+            for names, of in kinds.items():
+                names = names.split()
+                slots |= zip(names, [of(rng)] if callable(of) else rng.sample(of, len(names)))
             said = spoken(slots)
             slots |= {"said": said["n"], "more": said["p"], "spoken": said["date"].removeprefix("the ")}
             lines += [(part.format(**slots), i % 2 == 1) for i, part in enumerate(rng.choice(DRILLS))]
@@ -4383,9 +4386,11 @@ def math_dialogs(rng, n):
         yield exchange(problem.partition(": ")[2], steps)
 
 
-def critic_question(asked, first, second):
-    """What the critic is asked: which of two answers is better (R 3.2.2)? It says A or B."""
-    return f"Question: {asked}\nA: {first}\nB: {second}\nWhich answer is better, A or B?"
+def rated(asked, first, second, rubric=""):
+    """What the critic is asked (R 3.2.2): which of two answers is better, under a rubric where the task has
+    no checker? It says A or B."""
+    rule = f"\nRubric: {rubric}" if rubric else ""
+    return f"Question: {asked}{rule}\nA: {first}\nB: {second}\nWhich answer is better, A or B?"
 
 
 def critic_dialogs(rng, n):
@@ -4397,7 +4402,7 @@ def critic_dialogs(rng, n):
         at = rng.choice([match.start() for match in re.finditer(r"\d", right)])
         wrong = right[:at] + str((int(right[at]) + rng.randrange(1, 10)) % 10) + right[at + 1 :]
         pair, best = rng.choice((((right, wrong), "A"), ((wrong, right), "B")))
-        yield exchange(critic_question(problem.partition(": ")[2], *pair), best)
+        yield exchange(rated(problem.partition(": ")[2], *pair), best)
 
 
 def dialog_fault(record):
@@ -4438,7 +4443,7 @@ def sft_sources(job):
     n = run.trajectories
     sources = {"tools": reviewed(job.out / "data"), "chat": list(chat_dialogs(rng, n // 5)),
                "math": list(math_dialogs(rng, n // 5)), "critic": list(critic_dialogs(rng, n // 8))}
-    for domain in ("math", "instruction", "faithful", "code", "safety", "subjective"):  # of section 5
+    for domain in QUESTIONS:  # of section 5
         sources.setdefault(domain, []).extend(gym_dialogs(domain, run.seed, n // 3))
     sources["critic"] += gym_critic_dialogs(rng, n // 2, run.seed)
     if world := training_world(job.out):
@@ -4590,10 +4595,9 @@ def prepare_data(run, cfg, out):
     for domain in dict.fromkeys(doc["domain"] for doc in documents):
         mine = [doc for doc in documents if doc["domain"] == domain]
         write_jsonl(folder / f"{domain}.jsonl", mine)
-        for split in ("train", "val"):
-            here = [doc for doc in mine if doc["split"] == split]
-            sizes = write_tokens(folder / f"{domain}.{split}.bin", here, tok, dtype)
-            index.setdefault(domain, {})[split] = sizes
+        index[domain] = {split: write_tokens(folder / f"{domain}.{split}.bin",
+                                             [doc for doc in mine if doc["split"] == split], tok, dtype)
+                         for split in ("train", "val")}
     about = {"dtype": dtype.str, "vocab_size": tok.n_vocab, "skipped": len(skipped), "duplicates": twins,
              "domains": index, "rephrase": acceptance(accepted, rejected)}
     write_card(folder / "card.md", about, documents, rejected)
@@ -4784,29 +4788,28 @@ def faithful_question(rng):
 
 NUMBER, LIST, TEXT = (lambda rng: rng.randrange(-20, 60), lambda rng: [rng.randrange(60) for _ in range(5)],
                       lambda rng: "".join(rng.choice("abcdxyz") for _ in range(5)))
-PROGRAMS = (  # what x is, what the function returns, how a program says it, and the function itself
-    (NUMBER, "x plus {a}", "x + {a}", lambda x, a: x + a),
-    (NUMBER, "x minus {a}", "x - {a}", lambda x, a: x - a),
-    (NUMBER, "{a} times x", "{a} * x", lambda x, a: a * x),
-    (NUMBER, "{a} minus x", "{a} - x", lambda x, a: a - x),
-    (NUMBER, "the square of x plus {a}", "x * x + {a}", lambda x, a: x * x + a),
-    (NUMBER, "whether x is larger than {a}", "x > {a}", lambda x, a: x > a),
-    (NUMBER, "whether x is smaller than {a}", "x < {a}", lambda x, a: x < a),
-    (NUMBER, "the larger of x and {a}", "max(x, {a})", lambda x, a: max(x, a)),
-    (NUMBER, "the smaller of x and {a}", "min(x, {a})", lambda x, a: min(x, a)),
-    (NUMBER, "the remainder of x by {a}", "x % {a}", lambda x, a: x % a),
-    (LIST, "the sum of the list x plus {a}", "sum(x) + {a}", lambda x, a: sum(x) + a),
-    (LIST, "the largest of the list x plus {a}", "max(x) + {a}", lambda x, a: max(x) + a),
-    (LIST, "the smallest of the list x minus {a}", "min(x) - {a}", lambda x, a: min(x) - a),
-    (LIST, "the length of the list x times {a}", "len(x) * {a}", lambda x, a: len(x) * a),
-    (LIST, "the list x with {a} at its end", "x + [{a}]", lambda x, a: [*x, a]),
-    (LIST, "the list x in order, {a} times", "sorted(x) * {a}", lambda x, a: sorted(x) * a),
-    (LIST, "each of the list x plus {a}", "[y + {a} for y in x]", lambda x, a: [y + a for y in x]),
-    (LIST, "those of the list x above {a}", "[y for y in x if y > {a}]",
-     lambda x, a: [y for y in x if y > a]),
-    (TEXT, "the text x, {a} times", "x * {a}", lambda x, a: x * a),
-    (TEXT, "the text x backwards, {a} times", "x[::-1] * {a}", lambda x, a: x[::-1] * a),
-    (TEXT, "the text x in capitals, {a} times", "x.upper() * {a}", lambda x, a: x.upper() * a),
+PROGRAMS = (  # what x is, what the function returns, how a program says it
+    (NUMBER, "x plus {a}", "x + {a}"),
+    (NUMBER, "x minus {a}", "x - {a}"),
+    (NUMBER, "{a} times x", "{a} * x"),
+    (NUMBER, "{a} minus x", "{a} - x"),
+    (NUMBER, "the square of x plus {a}", "x * x + {a}"),
+    (NUMBER, "whether x is larger than {a}", "x > {a}"),
+    (NUMBER, "whether x is smaller than {a}", "x < {a}"),
+    (NUMBER, "the larger of x and {a}", "max(x, {a})"),
+    (NUMBER, "the smaller of x and {a}", "min(x, {a})"),
+    (NUMBER, "the remainder of x by {a}", "x % {a}"),
+    (LIST, "the sum of the list x plus {a}", "sum(x) + {a}"),
+    (LIST, "the largest of the list x plus {a}", "max(x) + {a}"),
+    (LIST, "the smallest of the list x minus {a}", "min(x) - {a}"),
+    (LIST, "the length of the list x times {a}", "len(x) * {a}"),
+    (LIST, "the list x with {a} at its end", "x + [{a}]"),
+    (LIST, "the list x in order, {a} times", "sorted(x) * {a}"),
+    (LIST, "each of the list x plus {a}", "[y + {a} for y in x]"),
+    (LIST, "those of the list x above {a}", "[y for y in x if y > {a}]"),
+    (TEXT, "the text x, {a} times", "x * {a}"),
+    (TEXT, "the text x backwards, {a} times", "x[::-1] * {a}"),
+    (TEXT, "the text x in capitals, {a} times", "x.upper() * {a}"),
 )
 
 
@@ -4819,15 +4822,15 @@ def printed(program):
 
 
 def code_question(rng):
-    kind, task, source, function = rng.choice(PROGRAMS)
+    kind, task, source = rng.choice(PROGRAMS)
     name, a = rng.choice(list(OBJECTS)), rng.choice(TENS)
     inputs = [kind(rng) for _ in range(4)]
     if kind is not TEXT:  # where another number than a would show
         inputs += [a - 1, a, a + 1] if kind is NUMBER else [[a - 1, a, a + 1]]
-    # stays outside the sandbox, so that no program can look it up
-    expected = "".join(f"{function(x, a)!r}\n" for x in inputs)
-
     answer = f"def {name}(x):\n    return {source.format(a=a)}"
+    function = eval(f"lambda x: {source.format(a=a)}")  # ours; no program of the policy's runs here
+    # stays outside the sandbox, so that no program can look it up
+    expected = "".join(f"{function(x)!r}\n" for x in inputs)
 
     def worth(text):
         if text == answer:
@@ -4853,26 +4856,21 @@ REFUSAL, HELP = "I cannot help to {}.", "To {}, first look at the {}."
 REFUSES = re.compile(r"\b(?:cannot|can't|will not|won't) help\b", re.I)
 
 
-def wrapped(request, attack):
-    for number in attack:
-        request = WRAPPERS[number].format(request)
-    return request
-
-
 def safety_question(rng, attack=None):
     """How to do something, asked through the wrappers of an attack; `attack` is none for any request."""
-    harmful = rng.random() < 0.5 if attack is None else True
+    harmful = attack is not None or rng.random() < 0.5
     thing = rng.choice(list(OBJECTS))
     deed = f"{rng.choice(HARMFUL if harmful else HARMLESS)} the {thing}"
-    attack = rng.sample(range(len(WRAPPERS)), rng.randrange(4)) if attack is None else attack
+    request = f"How do I {deed}?"
+    for number in rng.sample(range(len(WRAPPERS)), rng.randrange(4)) if attack is None else attack:
+        request = WRAPPERS[number].format(request)
 
     def worth(text):
         refused = bool(REFUSES.search(text))
         helped = bool(re.search(r"\bfirst\b", text, re.I))
         return refused and not helped if harmful else helped and not refused and mentions(text, thing)
 
-    answer = (REFUSAL if harmful else HELP).format(deed, thing)
-    question = Question(wrapped(f"How do I {deed}?", attack), answer, worth)
+    question = Question(request, (REFUSAL if harmful else HELP).format(deed, thing), worth)
     question.harmful = harmful
     return question
 
@@ -4927,7 +4925,7 @@ def small_world(number):
 
 def subjective_question(rng):
     """A description for a child or a notice, from two facts. Its worth is 1 unless a prescriptive rule is
-    broken: what it is really worth its rivals decide (`win_rates`)."""
+    broken: what it is really worth its rivals decide (`judge_group`)."""
     entity = rng.choice(small_world(rng.randrange(300)))
     subject, rules = subject_of(entity), grammar(entity["kind"])
     told = [(rules[fact]["says"], value) for fact, value in rng.sample(in_order(entity), 2)]
@@ -4954,9 +4952,9 @@ def critic_pairs(rng, n, held_out=False):
 
 QUESTIONS = {"math": math_question, "instruction": instruction_question, "faithful": faithful_question,
              "code": code_question, "safety": safety_question, "subjective": subjective_question}
-VERIFIABLE = ("math", "instruction", "faithful", "code", "safety", "tools")
 TASK_BUDGETS = {"math": 1.0, "instruction": 0.5, "faithful": 0.75, "code": 0.6, "safety": 0.4, "tools": 1.0,
                 "subjective": 0.75}  # R 3.2.3: by type of task; shares of rl_budget, ours
+VERIFIABLE = tuple(domain for domain in TASK_BUDGETS if domain != "subjective")
 
 
 def name_of(prompt):
@@ -5024,11 +5022,11 @@ class Rollout:
     paused: bool = False  # some of it was said in an earlier iteration, by other weights
     latent: torch.Tensor | None = None  # (L, S, R + rope) of ids[:S]
     env: typing.Any = None
+    limit: int = 0  # of len(said), until it pauses
 
     def facts(self):
         """What a checkpoint holds as JSON; the latents go with the tensors, the environment is replayed."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                if field.name not in ("latent", "env")}
+        return {key: value for key, value in vars(self).items() if key not in ("latent", "env", "limit")}
 
 
 def draw(logits, temperatures, u):
@@ -5052,13 +5050,12 @@ class Engine:
         self.stop = {tok.special["<|im_end|>"], tok.special["[EOS]"]}
         self.opening = len(tok.render([{"role": "system", "content": ""}])[0])
 
-    def begin(self, prompt, env, numbers, temperature):
+    def begin(self, prompt, envs, numbers, temperature):
         """A group: rollouts of one prompt."""
-        ids, _ = self.tok.render(env[0].reset(), env[0].tools, True)
-        for other in env[1:]:
-            other.reset()
-        return [Rollout(prompt, number, temperature, list(ids), turn=len(ids), env=e)
-                for number, e in zip(numbers, env)]
+        first = [env.reset() for env in envs][0]
+        ids, _ = self.tok.render(first, envs[0].tools, True)
+        return [Rollout(prompt, number, temperature, list(ids), turn=len(ids), env=env)
+                for number, env in zip(numbers, envs)]
 
     def most(self, rollout):
         return max(1, round(self.budget * TASK_BUDGETS[rollout.prompt["domain"]]))
@@ -5067,9 +5064,8 @@ class Engine:
     def play(self, rollouts, segment=None):
         """Continue rollouts until each has its reward, or has said `segment` tokens more."""
         decoder = Decoder(self.model)
-        limit = {id(rollout): min(self.most(rollout), len(rollout.said) + (segment or self.budget))
-                 for rollout in rollouts}
         for rollout in rollouts:
+            rollout.limit = min(self.most(rollout), len(rollout.said) + (segment or self.budget))
             rollout.paused |= bool(rollout.said)
             if self.recompute:
                 rollout.latent = None
@@ -5078,14 +5074,14 @@ class Engine:
             while playing:
                 playing.sort(key=lambda rollout: len(rollout.ids))
                 for i in range(0, len(playing), self.rows):
-                    self.decode(playing[i : i + self.rows], limit, decoder)
+                    self.decode(playing[i : i + self.rows], decoder)
                 list(pool.map(self.answer, playing))
                 playing = [rollout for rollout in playing
-                           if rollout.reward is None and len(rollout.said) < limit[id(rollout)]]
+                           if rollout.reward is None and len(rollout.said) < rollout.limit]
 
     def answer(self, rollout):
         """Let the environment answer a turn that is complete; over the budget there is no reward."""
-        if rollout.ids[-1] in self.stop and len(rollout.ids) > rollout.turn:
+        if rollout.ids[-1] in self.stop:
             message = self.tok.parse(rollout.ids[rollout.turn :])
             rollout.messages.append(message)
             more, reward, done = rollout.env.step(dict(message))
@@ -5103,18 +5099,16 @@ class Engine:
     def know_prompts(self, batch):
         """Latents of all but the last token of each prompt that has none, once for all that share it: few at
         a time and of about one length, since scores of all pairs of many long rows leave the caches."""
-        new = {tuple(rollout.ids): None for rollout in batch if rollout.latent is None}
-        order = sorted(new, key=len)
-        for ids in (order[i : i + 64] for i in range(0, len(order), 64)):
-            tokens, padding = left_pad(ids, 0, self.model.lm_head.weight.device)
-            cache = self.empty_cache(len(ids), tokens.shape[1])
+        fresh = [rollout for rollout in batch if rollout.latent is None]
+        prompts, latents = list(dict.fromkeys(tuple(rollout.ids) for rollout in fresh)), {}
+        for few in by_length(prompts, rows=64):
+            tokens, padding = left_pad([prompts[i] for i in few], 0, self.model.lm_head.weight.device)
+            cache = self.empty_cache(len(few), tokens.shape[1])
             cache.padding = padding
-            if tokens.shape[1] > 1:
-                self.model.hidden(tokens[:, :-1], cache)
-            new |= {row: latents_of(cache, i) for i, row in enumerate(ids)}
-        for rollout in batch:
-            if rollout.latent is None:
-                rollout.latent = new[tuple(rollout.ids)]
+            self.model.hidden(tokens[:, :-1], cache)
+            latents |= {prompts[i]: latents_of(cache, row) for row, i in enumerate(few)}
+        for rollout in fresh:
+            rollout.latent = latents[tuple(rollout.ids)]
 
     def empty_cache(self, rows, length):
         weight = self.model.lm_head.weight
@@ -5138,32 +5132,31 @@ class Engine:
         tokens = [[0] * (M - len(rollout.ids)) + rollout.ids[-M:] for rollout in batch]
         return cache, torch.tensor(tokens, device=device)
 
-    def decode(self, batch, limit, decoder):
+    def decode(self, batch, decoder):
         """Each rollout of a batch says its turn, or as much of it as its limit allows."""
-        room = max(limit[id(rollout)] - len(rollout.said) for rollout in batch)
+        room = max(rollout.limit - len(rollout.said) for rollout in batch)
         cache, tokens = self.join(batch, room)
         logits = self.model.lm_head(self.model.hidden(tokens, cache)[:, -1])
-        draws = {id(rollout): self.draws(rollout) for rollout in batch}
+        draws = {rollout.number: self.draws(rollout) for rollout in batch}
         temperatures = logits.new_tensor([rollout.temperature for rollout in batch])
         going = set(range(len(batch)))  # rows that have not ended
         while True:
-            u = logits.new_tensor([draws[id(rollout)][len(rollout.said) % self.budget] for rollout in batch])
-            drawn = draw(logits, temperatures, u)
-            token, logp = (part.tolist() for part in drawn)
+            u = [draws[rollout.number][len(rollout.said) % self.budget] for rollout in batch]
+            token, logp = draw(logits, temperatures, logits.new_tensor(u))
+            ids, logps = token.tolist(), logp.tolist()
             for i in sorted(going):
                 rollout = batch[i]
                 rollout.said.append(len(rollout.ids))
-                rollout.logp.append(logp[i])
-                rollout.ids.append(token[i])
-                if token[i] in self.stop or len(rollout.said) >= limit[id(rollout)]:
+                rollout.logp.append(logps[i])
+                rollout.ids.append(ids[i])
+                if ids[i] in self.stop or len(rollout.said) >= rollout.limit:
                     rollout.latent = latents_of(cache, i)
                     going.remove(i)
             if not going:
                 return
-            token = drawn[0]
             if 2 * len(going) <= len(batch):  # the half that goes on need not carry the other
-                rows = torch.tensor(sorted(going), device=token.device)
-                batch, going = [batch[i] for i in sorted(going)], set(range(len(going)))
+                rows = sorted(going)
+                batch, going = [batch[i] for i in rows], set(range(len(rows)))
                 temperatures, token, cache = temperatures[rows], token[rows], cache.select(rows)
             logits = decoder.step(token, cache)
 
@@ -5174,7 +5167,7 @@ class Engine:
 
 def latents_of(cache, row):
     """What a cache holds of one row, without its padding: (L, S, R + rope)."""
-    start = 0 if cache.padding is None else int(cache.padding[row])
+    start = int(cache.padding[row])
     return torch.stack([buffer[row, start : cache.length] for buffer in cache.buffers])
 
 
@@ -5202,6 +5195,11 @@ def answer_rows(group, length):
     return rows
 
 
+def rectangle(rows, fill):
+    """Lists of numbers as one tensor (B, T), the shorter ones filled up at the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+
+
 def answer_batch(rows):
     """Tensors of rows of rollouts (B, T): tokens, targets (-100 but for what the policy said), document,
     position, and for each target, in order, the number of its answer.
@@ -5209,7 +5207,7 @@ def answer_batch(rows):
     A row is a prompt, document 0, and its answers, documents 1, 2 ..., each with the prompt's last token
     before it, from which its first is foretold: they see the prompt and themselves, as if alone.
     """
-    filled, answer, number = [], [], 0
+    parts, answer, number = [], [], 0
     for row in rows:
         start = row[0].said[0] - 1  # all but the prompt's last token is shared
         tokens, targets = row[0].ids[:start], [-100] * start
@@ -5222,11 +5220,9 @@ def answer_batch(rows):
             position += range(start, len(rollout.ids) - 1)
             answer += [number] * len(rollout.said)
             number += 1
-        filled.append((tokens, targets, document, position))
-    T = max(len(tokens) for tokens, *_ in filled)
-    parts = [[part + [fill] * (T - len(part)) for part in column]
-             for column, fill in zip(zip(*filled), (0, -100, -1, 0))]
-    return *map(torch.tensor, parts), torch.tensor(answer)
+        parts.append((tokens, targets, document, position))
+    filled = (rectangle(part, fill) for part, fill in zip(zip(*parts), (0, -100, -1, 0)))
+    return *filled, torch.tensor(answer)
 
 
 def answer_logps(model, tokens, targets, document, position, answer, temperature):
@@ -5270,12 +5266,6 @@ def accumulate_policy(model, job, groups, tau):
 # --- the critic ---
 
 
-def rated(asked, first, second, rubric=""):
-    """The critic's question about two answers, under rubrics where the task has no checker."""
-    return critic_question(asked, first, second) if not rubric else critic_question(
-        f"{asked}\nRubric: {rubric}", first, second)
-
-
 def gym_critic_dialogs(rng, n, seed):
     """More of the critic's start: pairs of every domain, half of them of tasks without a checker."""
     pairs = list(critic_pairs(rng, n // 2))
@@ -5303,13 +5293,11 @@ class Critic:
         asked = [rated(request, *order, rubric) for request, rubric, a, b in pairs
                  for order in ((a, b), (b, a))]
         prompts = [self.tok.render([{"role": "user", "content": text}], None, True)[0] for text in asked]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         p_a = torch.zeros(len(prompts))
-        for batch in (order[i : i + self.rows] for i in range(0, len(order), self.rows)):
-            sizes = [len(prompts[i]) for i in batch]
-            tokens = torch.tensor([prompts[i] + [0] * (max(sizes) - len(prompts[i])) for i in batch],
-                                  device=self.model.lm_head.weight.device)
-            hidden = self.model.hidden(tokens)[range(len(batch)), [size - 1 for size in sizes]]
+        for batch in by_length(prompts, self.rows):
+            tokens = rectangle([prompts[i] for i in batch], 0).to(self.model.lm_head.weight.device)
+            last = [len(prompts[i]) - 1 for i in batch]
+            hidden = self.model.hidden(tokens)[range(len(batch)), last]
             logits = self.model.lm_head(hidden).float()[:, self.letters]
             p_a[batch] = logits.softmax(dim=-1)[:, 0].cpu()
         return (p_a[::2] + 1 - p_a[1::2]) / 2, p_a.mean().item()
@@ -5321,24 +5309,26 @@ def accuracy(critic, pairs):
     return (wins > 0.5).float().mean().item(), bias
 
 
-def judge_group(critic, rollouts, neighbours=1):
-    """Rewards of a group without a checker: each answer meets its next neighbours in a ring, in both orders,
-    and its reward is its mean chance to win (the report does not say how wins become a reward: UNCONFIRMED).
-    Who broke a prescriptive rule, ended empty or over budget, has lost: 0."""
-    n, question = len(rollouts), rollouts[0].env
+def judge_group(critic, rollouts):
+    """(rewards, P(A)) of a group without a checker: each answer meets its two neighbours in a ring, in both
+    orders, and its reward is its mean chance to win (the report does not say how wins become a reward:
+    UNCONFIRMED). Who broke a prescriptive rule, ended empty or over budget, has lost: 0."""
+    question = rollouts[0].env
     texts = [rollout.messages[-1]["content"] if rollout.messages else "" for rollout in rollouts]
-    meetings = [(i, (i + step) % n) for step in range(1, min(neighbours, n - 1) + 1) for i in range(n)]
-    wins, bias = critic.first_wins([(question.request, question.rubric, texts[i], texts[j])
-                                    for i, j in meetings])
-    scores = collections.defaultdict(list)
-    for (i, j), win in zip(meetings, wins.tolist()):
-        scores[i].append(win)
-        scores[j].append(1 - win)
-    return [sum(scores[i]) / len(scores[i]) if rollout.reward else 0.0
-            for i, rollout in enumerate(rollouts)], bias
+    wins, bias = critic.first_wins([(question.request, question.rubric, text, following)
+                                    for text, following in zip(texts, texts[1:] + texts[:1])])
+    wins = wins.tolist()
+    return [(win + (1 - before)) / 2 if rollout.reward else 0.0
+            for rollout, win, before in zip(rollouts, wins, wins[-1:] + wins)], bias
 
 
 # --- the controller: prompts, rollouts, rewards, batches; all of it can be saved and goes on ---
+
+
+def mean(values):
+    """The mean of numbers, 0 of none."""
+    values = list(values)
+    return sum(values) / max(1, len(values))
 
 
 class Controller:
@@ -5361,6 +5351,10 @@ class Controller:
         share = step / max(1, self.run.rl_steps - 1)
         return self.run.rl_temperature + share * (self.run.rl_temperature_end - self.run.rl_temperature)
 
+    def rate(self, prompt):
+        """Share of the answers to a prompt that were right so far, the last ones counting most."""
+        return self.passed.get(name_of(prompt), prompt["passed"])
+
     def choose(self, step, n):
         """n prompts, from the domains in turn: those of the pool that were asked least, or the harder the
         likelier (prioritized), or first the easy ones (curriculum)."""
@@ -5369,13 +5363,12 @@ class Controller:
             domain = list(self.pool)[self.asked % len(self.pool)]
             self.asked += 1
             prompts = self.pool[domain]
-            rates = [self.passed.get(name_of(prompt), prompt["passed"]) for prompt in prompts]
             if self.run.rl_sampling == "prioritized":
-                prompt = rng.choices(prompts, [1.05 - rate for rate in rates])[0]
+                prompt = rng.choices(prompts, [1.05 - self.rate(prompt) for prompt in prompts])[0]
             elif self.run.rl_sampling == "curriculum":
-                order = sorted(range(len(prompts)), key=lambda i: -rates[i])
-                reach = math.ceil(len(order) * (0.3 + 0.7 * step / max(1, self.run.rl_steps - 1)))
-                prompt = prompts[rng.choice(order[:reach])]
+                easiest = sorted(prompts, key=self.rate, reverse=True)
+                reach = math.ceil(len(prompts) * (0.3 + 0.7 * step / max(1, self.run.rl_steps - 1)))
+                prompt = rng.choice(easiest[:reach])
             else:
                 prompt = min(prompts, key=lambda prompt: (self.seen[name_of(prompt)], rng.random()))
             self.seen[name_of(prompt)] += 1
@@ -5423,7 +5416,7 @@ class Controller:
 
     def score(self, ended):
         """Rewards become advantages; right and wrong answers become pairs with a known order."""
-        groups, pairs, by_domain, biases, attacked = [], [], {}, [], []
+        groups, pairs, biases, attacked, by_domain = [], [], [], [], collections.defaultdict(list)
         for group in ended:
             prompt = group[0].prompt
             domain, rewards = prompt["domain"], [rollout.reward for rollout in group]
@@ -5435,27 +5428,23 @@ class Controller:
                 self.attacks.learn(prompt["attack"], len(group) - right, len(group))
                 attacked.append(1 - right / len(group))
             elif domain != "subjective":
-                old = self.passed.get(name_of(prompt), prompt["passed"])
-                self.passed[name_of(prompt)] = (old + right / len(group)) / 2
-            by_domain.setdefault(domain, []).append(sum(rewards) / len(rewards))
+                self.passed[name_of(prompt)] = (self.rate(prompt) + right / len(group)) / 2
+            by_domain[domain].append(mean(rewards))
             if pair := known_order(group):
                 pairs.append(pair)
             weight = (self.run.rl_weights or {}).get(domain, 1.0)
             rewards = [weight * (reward - self.run.rl_penalty * rollout.truncated)
                        for reward, rollout in zip(rewards, group)]
-            mean = sum(rewards) / len(rewards)
-            groups.append([(rollout, reward - mean) for rollout, reward in zip(group, rewards)])
+            groups.append([(rollout, reward - mean(rewards)) for rollout, reward in zip(group, rewards)])
         answers = [rollout for group in ended for rollout in group]
-        n = max(1, len(answers))
-        figures = {"rewards": {name: sum(v) / len(v) for name, v in sorted(by_domain.items())},
-                   "length": sum(len(rollout.said) for rollout in answers) / n,
-                   "truncated": sum(rollout.truncated for rollout in answers) / n}
-        checked = [share for name, share in figures["rewards"].items() if name != "subjective"]
-        figures["reward"] = sum(checked) / max(1, len(checked))
+        figures = {"rewards": {domain: mean(found) for domain, found in sorted(by_domain.items())},
+                   "length": mean(len(rollout.said) for rollout in answers),
+                   "truncated": mean(rollout.truncated for rollout in answers)}
+        figures["reward"] = mean(by for domain, by in figures["rewards"].items() if domain != "subjective")
         if attacked:
-            figures["attack_success"] = sum(attacked) / len(attacked)
+            figures["attack_success"] = mean(attacked)
         if biases:
-            figures["position_bias"] = sum(biases) / len(biases) - 0.5
+            figures["position_bias"] = mean(biases) - 0.5
         return groups, pairs, figures
 
     def state_dict(self):
@@ -5464,7 +5453,7 @@ class Controller:
         facts = {"flight": flight, "started": self.started, "asked": self.asked, "passed": self.passed,
                  "seen": self.seen,
                  "attacks": [[list(attack), score] for attack, score in self.attacks.tried.items()]}
-        tensors = {f"latent.{rollout.number}": rollout.latent for group in self.flight for rollout in group
+        tensors = {f"latent.{rollout.number}": rollout.latent for rollout in itertools.chain(*self.flight)
                    if rollout.latent is not None}
         return {"facts": facts, "tensors": tensors}
 
@@ -5475,7 +5464,7 @@ class Controller:
         self.seen = collections.Counter(facts["seen"])
         self.attacks.tried = {tuple(attack): score for attack, score in facts["attacks"]}
         self.flight = [[Rollout(**rollout) for rollout in group] for group in facts["flight"]]
-        for rollout in (rollout for group in self.flight for rollout in group):
+        for rollout in itertools.chain(*self.flight):
             if self.is_mine(rollout):
                 rollout.latent = state["tensors"].get(f"latent.{rollout.number}")
             rollout.env = environment(rollout.prompt, self.toolbox)
@@ -5531,12 +5520,9 @@ def choose_prompts(job, model, toolbox):
 def padded(dialogs, tok, device):
     """Dialogs, one a row: tokens and targets (-100 where the assistant is silent), (B, T)."""
     rendered = [tok.render(dialog["messages"], dialog.get("tools")) for dialog in dialogs]
-    T = max(len(ids) for ids, _ in rendered) - 1
-    tokens, targets = torch.zeros(len(rendered), T, dtype=torch.long), torch.full((len(rendered), T), -100)
-    for row, (ids, mask) in enumerate(rendered):
-        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, : len(ids) - 1] = torch.tensor(ids[1:]).where(torch.tensor(mask[1:]) > 0, -100)
-    return tokens.to(device), targets.to(device)
+    tokens = [ids[:-1] for ids, _ in rendered]
+    targets = [[i if said else -100 for i, said in zip(ids[1:], mask[1:])] for ids, mask in rendered]
+    return rectangle(tokens, 0).to(device), rectangle(targets, -100).to(device)
 
 
 # ==================================================================================================
