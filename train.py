@@ -220,9 +220,9 @@ RUN_DEFAULTS = {
                  rl_steps=4, rl_lr=1e-3, rl_prompts=14, rl_samples=4, rl_budget=24, rl_segment=12, rl_pool=6),
     "tiny": dict(steps=1000, drill_steps=300, yarn_steps=60, batch_size=16, seq_len=128, lr=2e-2, warmup=20,
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
-                 trajectories=8000, sft_steps=800, sft_lr=2e-3, sft_len=512,
-                 rl_steps=16, rl_lr=3e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
-                 rl_pool=150),
+                 trajectories=8000, sft_steps=1000, sft_lr=2e-3, sft_len=512,
+                 rl_steps=32, rl_lr=3e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
+                 rl_pool=300),
     "mini": dict(steps=4000, batch_size=32, seq_len=512, lr=3e-3, warmup=100, tau=30.0,
                  bias_update_rate=3e-3, eval_every=500, eval_tokens=2**16, save_every=500,
                  trajectories=20_000, sft_steps=800, sft_lr=1e-3, sft_len=512,
@@ -4344,8 +4344,8 @@ def drill_documents(run, count=4_000):
 # Sizes, mixture and packing of the report's SFT are not published: these are ours.
 
 SFT_WEIGHTS = {  # shares of the tokens
-    "tools": 0.45, "pages": 0.22, "chat": 0.02, "knowledge": 0.03, "math": 0.06, "critic": 0.08,
-    "instruction": 0.05, "faithful": 0.04, "code": 0.02, "safety": 0.02, "subjective": 0.01}
+    "tools": 0.43, "pages": 0.20, "chat": 0.02, "knowledge": 0.02, "math": 0.06, "critic": 0.08,
+    "instruction": 0.05, "faithful": 0.07, "code": 0.035, "safety": 0.025, "subjective": 0.01}
 CHAT = (  # talk of which nothing is looked up
     ("Hello!", "Hello! How can I help?"), ("Hi, I am {who}.", "{who}, how can I help?"),
     ("Good morning.", "Good morning! What can I do for you?"),
@@ -4967,8 +4967,8 @@ def environment(prompt, toolbox=None):
     domain, held_out = prompt["domain"], "held out" in prompt["seed"]
     rng = random.Random(name_of(prompt))
     if domain == "tools":
-        kind = rng.choice(("single", "single", "parallel", "multi", "none", "failing"))
-        return ToolUse(toolbox.scene(f"{prompt['seed']} gym", [kind], "seen"))
+        scene = toolbox.scene(f"{prompt['seed']} gym", [rng.choice(list(KINDS))], "seen")
+        return ToolUse(scene)
     more = [prompt["attack"]] if "attack" in prompt else []
     while True:
         question = QUESTIONS[domain](rng, *more)
