@@ -45,7 +45,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim.adamw import adamw
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # ==================================================================================================
 # 1  Config and presets (R 2.3, Table 2)
@@ -1150,6 +1150,26 @@ class Block(nn.Module):
         return x + h, s_max, routing
 
 
+def keep_products(cfg):
+    """For `checkpoint`: what a block keeps for its backward pass when parts of it are recomputed (R 2.4.3).
+
+    Kept is what matrix products and fused attention made, but for three products with large results: MLA's
+    two up-projections and the experts' down_proj. These, norms, SwiGLU and all that is cheap are made again.
+    """
+    H, nope, rope, v = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+    again = {(cfg.q_lora_rank, H * (nope + rope)), (cfg.kv_lora_rank, H * (nope + v)),
+             (cfg.moe_intermediate_size, cfg.hidden_size)}  # (in, out) of their weights
+    products = {"aten::mm", "aten::_grouped_mm"}
+
+    def policy(context, op, *args, **kwargs):
+        name = op.name().partition(".")[0]
+        product = name in products and tuple(args[1].shape[-2:]) not in again
+        keep = product or name.startswith("aten::_scaled_dot_product")
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return functools.partial(create_selective_checkpoint_contexts, policy)
+
+
 class HeadLoss(torch.autograd.Function):
     """Sum over targets of the cross-entropy -log softmax(W h)[target], without ever holding all
     logits: a few rows at a time are made, turned into their gradient p - onehot and used up.
@@ -1325,7 +1345,7 @@ class KimiK2(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.aux_loss = cfg, 0.0
-        self.recompute = False  # True: keep only each block's input and recompute the rest backward
+        self.recompute = "off"  # "blocks": of each only its input is kept; "parts": see keep_products
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.hidden_size),
             "layers": nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers)),
@@ -1399,10 +1419,11 @@ class KimiK2(nn.Module):
             arguments = (x, rotary, mask, cache, absorb, record)
             if cache is not None:  # a compiled block is for training: here every length would compile anew
                 x, s, r = layer.forward(*arguments)
-            elif self.recompute and torch.is_grad_enabled():
-                x, s, r = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
+            elif self.recompute == "off" or not torch.is_grad_enabled():
                 x, s, r = layer(*arguments)
+            else:
+                kept = {"context_fn": keep_products(self.cfg)} if self.recompute == "parts" else {}
+                x, s, r = checkpoint(layer, *arguments, use_reentrant=False, **kept)
             s_max.append(s)
             routing.append(r)
         if cache is not None:

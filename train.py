@@ -188,7 +188,7 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # fp32 or bf16 (autocast); auto: bf16 on CUDA
     compile: str = "auto"  # torch.compile: auto, on or off; auto: on for CUDA
-    recompute: bool | None = None  # keep only each block's input, recompute the rest; none: toys do not
+    recompute: str | None = None  # of a block, in its backward pass: off, parts (R 2.4.3), blocks
     threads: int | None = None  # CPU threads; none: PyTorch's choice
     ep: int = 1  # under torchrun: ranks that share out a layer's experts; the others hold copies in shards
     world: int | None = None  # --plan, --dry_run: how many GPUs; none: as few as hold a step, with their ep
@@ -210,7 +210,7 @@ class RunConfig:
 # router bias; no toy reaches logits of 100, so their tau is lower and QK-Clip has something to do.
 # K2: 16,384 sequences of 4,096 tokens make the report's 67 M a step; 15.5 T tokens in all. LARGE is what
 # presets for many GPUs share.
-LARGE = dict(tau=100.0, bias_update_rate=1e-3, eval_every=1000, save_every=1000, recompute=True,
+LARGE = dict(tau=100.0, bias_update_rate=1e-3, eval_every=1000, save_every=1000, recompute="blocks",
              trajectories=50_000, rl_steps=400, rl_lr=1e-5, rl_prompts=256, rl_samples=16, rl_budget=2048,
              rl_segment=512, sft_steps=2000, rl_pool=2000)
 RUN_DEFAULTS = {
@@ -229,7 +229,7 @@ RUN_DEFAULTS = {
                  rl_steps=60, rl_lr=1e-4, rl_prompts=64, rl_samples=8, rl_budget=128, rl_segment=64,
                  rl_pool=300),
     "small": dict(LARGE, steps=20_000, batch_size=128, micro_batch=16, seq_len=2048, lr=1e-3, warmup=200,
-                  eval_every=500, eval_tokens=2**19, save_every=500, recompute=False, sft_steps=1000,
+                  eval_every=500, eval_tokens=2**19, save_every=500, recompute="off", sft_steps=1000,
                   sft_lr=3e-4, sft_len=2048, rl_steps=200, rl_lr=5e-5, rl_prompts=128, rl_pool=500),
     "medium": dict(LARGE, steps=60_000, batch_size=1024, micro_batch=4, seq_len=4096, lr=5e-4, warmup=500,
                    eval_tokens=2**21, sft_lr=1e-4, sft_len=4096, rl_lr=2e-5),
@@ -339,7 +339,8 @@ LIMITS = (  # fields of the run, what a value has to satisfy, and how that is sa
 )
 CHOICES = {"optimizer": ("muonclip", "muon", "adamw"), "device": ("auto", "cpu", "cuda", "mps"),
            "dtype": ("auto", "fp32", "bf16"), "compile": ("auto", "on", "off"),
-           "rl_objective": ("mirror", "reinforce"), "rl_sampling": ("uniform", "prioritized", "curriculum")}
+           "recompute": ("off", "parts", "blocks"), "rl_objective": ("mirror", "reinforce"),
+           "rl_sampling": ("uniform", "prioritized", "curriculum")}
 
 
 def configure(run_fields, model_fields):
@@ -353,7 +354,7 @@ def configure(run_fields, model_fields):
         if getattr(run, name) is None:
             setattr(run, name, max(20, round(run.steps * share)))
     run.yarn_steps = run.long_steps if run.yarn_steps is None else run.yarn_steps
-    run.drill_steps, run.recompute = run.drill_steps or 0, bool(run.recompute)
+    run.drill_steps, run.recompute = run.drill_steps or 0, run.recompute or "off"
     for names, allowed, must in LIMITS:
         for name in names.split():
             if (value := getattr(run, name)) is not None and not allowed(value):
@@ -410,9 +411,13 @@ def gpu_memory(run, cfg, world, ep, length):
     # what a block with experts and a dense one take in their backward passes, bf16 copies of the weights too
     block = [attention + routed + bf16 * moe,
              attention + e * tokens * 6 * cfg.intermediate_size + bf16 * dense]
-    # without recomputation about four fifths of that stay from the forward pass on, as dry runs show
-    kept = [stream, stream] if run.recompute else [0.8 * size for size in block]
-    anew = block if run.recompute else [0.2 * size for size in block]
+    # what stays of that from the forward pass on: without recomputation about four fifths, as dry runs show
+    latent = (cfg.q_lora_rank or 0) + cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    products = stream + e * tokens * (latent + H * v + C)
+    kept = {"off": [0.8 * size for size in block], "blocks": [stream, stream],
+            "parts": [products + tokens * (e * 2 * (K + cfg.n_shared_experts) * F + 4 * cfg.n_routed_experts),
+                      products + e * tokens * (2 * cfg.intermediate_size + C)]}[run.recompute]
+    anew = block if run.recompute == "blocks" else [size - held for size, held in zip(block, kept)]
     # Four moments compete: the backward passes of lm_head, of the last block with experts, of the last dense
     # one, of the embedding. Gathered are a block's weights and the next one's, and some of its gradients.
     first, all_kept = dense if n_dense else 0, n_moe * kept[0] + n_dense * kept[1]
@@ -431,7 +436,7 @@ def gpu_traffic(run, cfg, world, ep):
     others = (n.total - n.routed_experts) * (1 - 1 / world)  # among all ranks
     again = n.embedding * (1 - 1 / world)  # lm_head stays for the backward pass
     visits, e = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, 4 if run.dtype == "fp32" else 2
-    passes = 6 if run.recompute else 4  # there and back; forward, again, backward
+    passes = 4 if run.recompute == "off" else 6  # there and back; forward, again, backward
     return {"weights": 4 * (2 * (experts + others) - again), "gradients": 4 * (experts + others),
             "tokens": passes * n_moe * e * visits * (cfg.hidden_size + 1) * (1 - 1 / ep)}
 
@@ -445,7 +450,7 @@ def smallest_world(run, cfg):
                if sum(gpu_memory(run, cfg, world, ep, run.seq_len).values()) < 0.9 * run.gpu_gib * 2**30]
         if fit:
             return world, min(fit, key=lambda ep: sum(gpu_traffic(run, cfg, world, ep).values()))
-    raise UserError(f"no number of GPUs with {run.gpu_gib:g} GiB holds a step; --recompute true needs less")
+    raise UserError(f"no number of GPUs with {run.gpu_gib:g} GiB holds a step; --recompute blocks needs less")
 
 
 def line(name, *cells):
@@ -510,7 +515,7 @@ def plan_memory(run, cfg, world, ep, course):
     yield line(f"  90 % of {run.gpu_gib:g}", *("fits" if size < 0.9 * run.gpu_gib else "does not fit"
                                                for size in total))
     yield line("ours", f"{world:,} GPUs, ep {ep}, dp {world // ep}; fp32 states in shares; "
-               f"{'blocks recomputed' if run.recompute else 'nothing recomputed'}, no offload")
+               f"recompute {run.recompute}, no offload")
     if world == 1:
         return
     yield line("report's", f"16 stages x ep 16; {6 * n.total / 1e12:,.3f} TB of bf16 weights and fp32 "

@@ -725,7 +725,7 @@ def test_records_are_made_only_while_training(training, gradients):
         assert (model.max_logits == -math.inf).all() and not model.expert_load.any()
 
 
-def trained(wrap=None, recompute=False):
+def trained(wrap=None, recompute="off"):
     """A model after two micro-batches, forward and backward."""
     model = nano()
     model.recompute = recompute
@@ -736,14 +736,14 @@ def trained(wrap=None, recompute=False):
     return model
 
 
-@pytest.mark.parametrize("how", ["own", "external"])
+@pytest.mark.parametrize("how", ["parts", "blocks", "external"])
 def test_recomputation_changes_neither_gradients_nor_records(how):
     plain = trained()
     assert (plain.expert_load.sum(1) == 2 * (2 * 20) * 2).all()  # micro-batches * tokens * K
-    if how == "own":
-        other = trained(recompute=True)
-    else:
+    if how == "external":
         other = trained(wrap=partial(checkpoint, use_reentrant=False))
+    else:
+        other = trained(recompute=how)
     assert torch.equal(plain.expert_load, other.expert_load)
     assert torch.equal(plain.max_logits, other.max_logits)
     for (name, p), q in zip(plain.named_parameters(), other.parameters()):

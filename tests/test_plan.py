@@ -133,6 +133,17 @@ def test_memory_of_a_dry_step_is_what_the_plan_says(step):
     assert max(step.ledger.peaks.values()) == pytest.approx(sum(parts.values()), rel=0.05)
 
 
+def test_what_is_not_recomputed_takes_memory_as_planned():
+    """Less is held the more is made again; in between the plan counts the products that R 2.4.3 keeps."""
+    peaks = {}
+    for recompute in ("off", "parts", "blocks"):
+        run, cfg = configured("medium", {"num_hidden_layers": 4}, world=8, ep=4, recompute=recompute)
+        peaks[recompute] = max(train.dry_step(run, cfg)[0].peaks.values())
+        planned = sum(train.gpu_memory(run, cfg, 8, 4, run.seq_len).values())
+        assert peaks[recompute] == pytest.approx(planned, rel=0.05), recompute
+    assert peaks["blocks"] < 0.9 * peaks["parts"] < 0.6 * peaks["off"]
+
+
 def test_traffic_of_a_dry_step_is_what_the_plan_says(step):
     sent = {kind: sum(size for (stage, k, _), (_, size) in step.ledger.sent.items()
                       if k == kind and stage in ("forward", "backward")) / step.passes

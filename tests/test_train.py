@@ -439,7 +439,7 @@ def test_flags_reach_the_run_and_the_model(tmp_path):
             "--grad_clip",
             "none",
             "--recompute",
-            "true",
+            "parts",
             "--domain_weights",
             "web=0.5,code=2",
             "--num_hidden_layers",
@@ -451,7 +451,7 @@ def test_flags_reach_the_run_and_the_model(tmp_path):
         ]
     )
     run, cfg = train.configure(run_fields, model_fields)
-    assert (run.lr, run.grad_clip, run.recompute) == (1e-3, None, True)
+    assert (run.lr, run.grad_clip, run.recompute) == (1e-3, None, "parts")
     assert run.domain_weights == {"web": 0.5, "code": 2.0}
     assert (cfg.num_hidden_layers, cfg.q_lora_rank) == (3, None)
 
@@ -481,8 +481,8 @@ def test_transformers_says_what_a_trained_run_says(finished):
         assert theirs_tok.decode(said[0]) == tok.decode(expected[0].tolist())
 
 
-@pytest.mark.parametrize("flags", ["--optimizer muon --recompute true", "--optimizer adamw --micro_batch 2",
-                                   "--dtype bf16"])
+@pytest.mark.parametrize("flags", ["--optimizer muon --recompute parts", "--dtype bf16",
+                                   "--optimizer adamw --micro_batch 2 --recompute blocks"])
 def test_switches_train(text, tmp_path, flags):
     out = tmp_path / "run"
     train.main([*ONE_PHASE, str(text), "--steps", "6", "--out", str(out), *flags.split()])
