@@ -76,10 +76,12 @@ def line(name, found):
             values = [facts[key] for facts in values]
         return statistics.mean(values)
 
-    gains = ", ".join(f"{100 * facts['gain']['mean']:+.1f}" for facts in found)
-    if len(found) == 1:
-        gains = f"{100 * mean('gain', 'low'):+.1f} to {100 * mean('gain', 'high'):+.1f}"
-    cells = [f"{100 * mean('gain', 'mean'):+.1f} ({gains})"]
+    cells = []
+    for gain in ("gain", "gain_drawn"):
+        gains = ", ".join(f"{100 * facts[gain]['mean']:+.1f}" for facts in found)
+        if len(found) == 1:
+            gains = f"{100 * mean(gain, 'low'):+.1f} to {100 * mean(gain, 'high'):+.1f}"
+        cells.append(f"{100 * mean(gain, 'mean'):+.1f} ({gains})")
     cells += [f"{mean(f'{key}_first'):.2f} - {mean(f'{key}_last'):.2f}"
               for key in ("reward", "critic", "critic_style")]
     cells += [f"{mean('length', 0):.1f} - {mean('length', 1):.1f}",
@@ -111,8 +113,8 @@ def main():
                 facts = measure(args.run, folder, {**common, **VARIANTS[name], "rl_seed": seed})
                 train.write_json(path, facts)
             table.setdefault(name, []).append(json.loads(path.read_text(encoding="utf-8")))
-    print("| variant | gain in points | reward | critic, right or wrong | critic, style | length | "
-          "over budget | bits per byte | idle | seconds of rollouts |\n" + "|---" * 10 + "|")
+    print("| variant | gain in points, greedy | drawn | reward | critic, right or wrong | critic, style | "
+          "length | over budget | bits per byte | idle | seconds of rollouts |\n" + "|---" * 11 + "|")
     for name, found in table.items():
         print(line(name, found))
     for name, found in table.items():

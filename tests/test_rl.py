@@ -630,9 +630,10 @@ def test_the_stage_leaves_a_model_and_a_report(finished):
     report = json.loads((out / "report.json").read_text())
     found = report["rl"]
     assert set(found["domains"]) == set(train.VERIFIABLE)
-    assert all(set(row) == {"sft", "rl", "n"} and row["n"] == 3 for row in found["domains"].values())
+    assert all(set(row) == {"sft", "rl", "sft_drawn", "rl_drawn", "n"} and row["n"] == 3
+               for row in found["domains"].values())
     assert {"reward_first", "reward_last", "critic_first", "critic_last", "val_bpb_before",
-            "val_bpb_after", "gain"} <= set(found)
+            "val_bpb_after", "gain", "gain_drawn"} <= set(found)
     assert set(report["recall"]) == {"base", "sft", "rl"} and set(report["success"]) == {"base", "sft", "rl"}
     assert report["seconds"]["rl"] > 0 and (out / "figures" / "rl.png").exists()
     text = (out / "report.md").read_text()

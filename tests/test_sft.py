@@ -278,3 +278,12 @@ def test_where_a_stage_starts(tmp_path):
     shutil.rmtree(tmp_path / "model_base")
     with pytest.raises(train.UserError, match="run the pretrain stage first"):
         start("sft", "pretrain")
+
+
+def test_later_stages_warm_up_and_end_low():
+    """Ten steps up, at the peak until the half, then half a cosine down to a tenth of it."""
+    run, _ = train.configure({"preset": "tiny"}, {})
+    lr = train.short_schedule(run, 100, 1e-3)
+    assert [lr(step) for step in range(10)] == pytest.approx([1e-4 * (step + 1) for step in range(10)])
+    assert {lr(step) for step in range(10, 50)} == {1e-3}
+    assert lr(75) == pytest.approx(0.55e-3) and lr(99) == pytest.approx(1e-4, rel=0.1)
