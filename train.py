@@ -251,6 +251,19 @@ class UserError(Exception):
     """Something the user can mend; shown as one line, without a traceback."""
 
 
+def nearest(name, there):
+    """What a message about an unknown name ends with: the one that was probably meant."""
+    close = difflib.get_close_matches(name, there, n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def refuse_unknown(field, names, there):
+    """Raise where a field of the run names what there is not."""
+    for name in names:
+        if name not in there:
+            raise UserError(f"{field}: no {name}{nearest(name, there)} (there are: {', '.join(there)})")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Every mistake is one line on stderr; a misspelt flag gets the nearest name."""
 
@@ -258,8 +271,7 @@ class OneLineParser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         for word in (word.split("=")[0] for word in argv if word.startswith("--") and word != "--"):
             if word not in self._option_string_actions:
-                close = difflib.get_close_matches(word, self._option_string_actions, n=1)
-                self.error(f"unknown flag {word}" + (f", did you mean {close[0]}?" if close else ""))
+                self.error(f"unknown flag {word}{nearest(word, self._option_string_actions)}")
         return super().parse_args(argv, namespace)
 
     def error(self, message):
@@ -283,13 +295,15 @@ def value_of(text, kind):
             return json.loads(text)
         if base is dict:
             return {key: float(number) for key, number in (pair.split("=") for pair in text.split(","))}
-        if base is int and "e" in word:  # 1e6, 1.5e3
-            if not float(text).is_integer():
+        if base is int:
+            number = float(text) if "e" in word else int(text)  # 1e6, 1.5e3
+            if not abs(number) < 2**63 or number != int(number):
                 raise ValueError
-            return int(float(text))
+            return int(number)
         return base(text)
     except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no {base.__name__}") from None
+        name = "64-bit int" if base is int else base.__name__
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no {name}") from None
 
 
 def build_parser():
@@ -330,9 +344,11 @@ LIMITS = (  # fields of the run, what a value has to satisfy, and how that is sa
      lambda value: value >= 1, "be at least 1"),
     ("rl_samples", lambda value: value >= 2, "be at least 2, to differ from their mean"),
     ("drill_steps anneal_steps long_steps yarn_steps rephrase_max needles endpoint_retries review warmup "
-     "rl_segment rl_penalty ptx_weight critic_weight seed rl_seed gpu_watts kwh_price",
-     lambda value: 0 <= value < math.inf, "not be negative"),
-    ("lr sft_lr rl_lr tau_rl rl_temperature rl_temperature_end grad_clip gpu_tflops gpu_gib gpu_tbps "
+     "rl_segment rl_penalty ptx_weight critic_weight weight_decay aux_alpha bias_update_rate gpu_watts "
+     "kwh_price", lambda value: 0 <= value < math.inf, "not be negative or infinite"),
+    ("seed rl_seed", lambda value: 0 <= value < 2**63, "be at least 0 and below 2**63"),
+    ("momentum", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+    ("lr sft_lr rl_lr tau tau_rl rl_temperature rl_temperature_end grad_clip gpu_tflops gpu_gib gpu_tbps "
      "gpu_gbps gpu_hour gpu_price gpu_years serve_bytes mfu endpoint_rpm endpoint_timeout",
      lambda value: 0 < value < math.inf, "be positive and finite"),
     ("flaw_rate fault_rate decay lr_end", lambda value: 0 <= value <= 1, "be between 0 and 1"),
@@ -348,29 +364,47 @@ def configure(run_fields, model_fields):
     cfg = KimiConfig.preset(run.preset, **model_fields)
     defaults = {key: value for key, value in RUN_DEFAULTS[run.preset].items() if getattr(run, key) is None}
     run = dataclasses.replace(run, **defaults)
+    for names, allowed, must in LIMITS:
+        for name in names.split():
+            if (value := getattr(run, name)) is not None and not allowed(value):
+                raise ValueError(f"{name} must {must}, got {value}")
+    for name in ("domain_weights", "anneal_weights", "sft_weights", "rl_weights"):
+        weights = getattr(run, name) or {}
+        for key, weight in weights.items():
+            if not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
+                raise ValueError(f"{name}: {key} must be a finite number and not be negative, got {weight!r}")
+        if weights and not any(weights.values()) and name != "rl_weights":
+            raise ValueError(f"{name}: at least one must be positive")
+    for name, allowed in CHOICES.items():
+        if getattr(run, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(run, name)!r}")
     run.micro_batch = min(run.micro_batch or run.batch_size, run.batch_size)
     for name, share in (("anneal_steps", 0.4 / 15.5), ("long_steps", 0.06 / 15.5)):  # T tokens of 15.5
         if getattr(run, name) is None:
             setattr(run, name, max(20, round(run.steps * share)))
     run.yarn_steps = run.long_steps if run.yarn_steps is None else run.yarn_steps
     run.drill_steps, run.recompute = run.drill_steps or 0, bool(run.recompute)
-    for names, allowed, must in LIMITS:
-        for name in names.split():
-            if (value := getattr(run, name)) is not None and not allowed(value):
-                raise ValueError(f"{name} must {must}, got {value}")
-    for name, allowed in CHOICES.items():
-        if getattr(run, name) not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(run, name)!r}")
     for what in ("rewriter", "judge", "agent"):
         if bool(getattr(run, f"{what}_url")) != bool(getattr(run, f"{what}_model")):
             raise ValueError(f"{what}_url and {what}_model belong together, one of them is missing")
-    if unknown := sorted(set(run.rl_weights or ()) - set(TASK_BUDGETS)):
-        raise ValueError(f"rl_weights: no domain {', '.join(unknown)}; there are: {', '.join(TASK_BUDGETS)}")
+    refuse_unknown("rl_weights", run.rl_weights or (), TASK_BUDGETS)
+    refuse_unknown("sft_weights", run.sft_weights or (), (*SFT_WEIGHTS, "own"))
+    if not run.data:  # own text has domains of its own, see prepare_data
+        check_domains(run, DOMAIN_WEIGHTS)
     if not 0 <= run.lr_anneal <= run.lr_end:
         raise ValueError(f"lr_anneal must be between 0 and lr_end {run.lr_end:g}, got {run.lr_anneal:g}")
     if run.batch_size % run.micro_batch:
         raise ValueError(f"batch_size {run.batch_size} must be a multiple of micro_batch {run.micro_batch}")
     return run, cfg
+
+
+def check_domains(run, there):
+    """Refuse domains that are weighed or rephrased and are not there."""
+    refuse_unknown("domain_weights", run.domain_weights or (), there)
+    refuse_unknown("anneal_weights", run.anneal_weights or (), there)
+    usual = RunConfig.rephrase_domains.split(",")  # for the toy's corpora and own text alike
+    refuse_unknown("rephrase_domains", filter(None, run.rephrase_domains.split(",")),
+                   dict.fromkeys((*there, *usual)))
 
 
 # --- the plan: closed forms, nothing is allocated (R 2.4) ---
@@ -1214,7 +1248,7 @@ def own_documents(source, skipped):
     for path, name in own_files(source):
         if (kind := path.suffix.lower()) in (".txt", ".md"):
             try:
-                yield document(path.read_text(encoding="utf-8"), "own", f"own/{name}")
+                yield document(path.read_text(encoding="utf-8-sig"), "own", f"own/{name}")
             except UnicodeDecodeError as error:
                 skip(skipped, f"{path}: not UTF-8 at byte {error.start}, skipped")
         elif kind == ".jsonl":
@@ -1350,17 +1384,14 @@ class TokenFiles:
         self.ids, self.learned = (
             {key: np.memmap(folder / f"{'.'.join(key)}{kind}.bin", dtype, "r") for key in keys}
             for kind, dtype in (("", about["dtype"]), (".learned", np.uint8)))
-        self.weights = self.settle(weights, DOMAIN_WEIGHTS)
-        self.anneal_weights = self.settle(anneal_weights or weights, ANNEAL_WEIGHTS)
+        self.weights = self.settle("domain_weights", weights, DOMAIN_WEIGHTS)
+        self.anneal_weights = self.settle("anneal_weights", anneal_weights or weights, ANNEAL_WEIGHTS)
 
-    def settle(self, weights, defaults):
+    def settle(self, field, weights, defaults):
         """Weights of all domains: those given, else the toy's defaults where they fit, else alike."""
         train = [domain for domain, split in self.ids if split == "train"]
-        if unknown := sorted(set(weights or ()) - set(train)):
-            raise UserError(f"no domain {', '.join(unknown)} to weigh; there are: {', '.join(train)}")
+        refuse_unknown(field, weights or (), train)
         weights = weights or (defaults if set(defaults) & set(train) else dict.fromkeys(train, 1.0))
-        if sum(weights.get(domain, 0.0) for domain in train) <= 0:
-            raise UserError("domain_weights: at least one must be positive")
         return {domain: weights.get(domain, 0.0) for domain in train}
 
     def batch(self, seed, step, rows, seq_len, device="cpu", weights=None, mine=None):
@@ -4471,8 +4502,7 @@ class Dialogs:
                     self.dialogs.append((ids[: length + 1], mask[: length + 1]))
         if not by_source:
             raise UserError("sft: there is no dialog to train on")
-        if unknown := sorted(set(weights or ()) - set(by_source)):
-            raise UserError(f"sft_weights: no source {', '.join(unknown)}; there are: {', '.join(by_source)}")
+        refuse_unknown("sft_weights", weights or (), by_source)
         weights = weights or {name: SFT_WEIGHTS.get(name, 1.0) for name in by_source}
         self.rows = self.pack(by_source, weights, random.Random(f"pack {seed}"), n_rows)
 
@@ -4583,8 +4613,10 @@ def prepare_data(run, cfg, out):
     folder = out / "data"
     if (folder / "index.json").exists():
         return Tokenizer.load(out)
-    folder.mkdir(exist_ok=True)
     documents, skipped, twins = split_documents(run)
+    if run.data:
+        check_domains(run, dict.fromkeys(doc["domain"] for doc in documents))
+    folder.mkdir(exist_ok=True)
     documents += [] if run.data else [*tool_documents(run), *drill_documents(run)]
     tok = train_tokenizer(documents, cfg.vocab_size, wrapping(run))
     with atomic(out / "tiktoken.model") as temporary:
@@ -6050,8 +6082,9 @@ class Progress:
 def pick_device(name):
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(kind for kind in found if found[kind]) if name == "auto" else name
-    if not found[name]:
-        raise UserError(f"--device {name}: this PyTorch finds no such device")
+    if not found.get(name):
+        there = ", ".join(kind for kind in found if found[kind])
+        raise UserError(f"--device {name}: PyTorch finds no such device here (there are: {there})")
     number = os.environ.get("LOCAL_RANK") if name == "cuda" else None  # torchrun's
     if number is not None:
         torch.cuda.set_device(int(number))
@@ -7252,47 +7285,65 @@ def long_context_table(job, measured):
             f"documents; {job.run.needles} needles a length, each among nine distractors (chance: 10 %).", ""]
 
 
-def open_run(run_fields, model_fields, resume):
+def open_run(run_fields, model_fields, resume, stage=None):
     """(RunConfig, KimiConfig) of the folder, which is made, continued, or refused if it differs."""
     out = Path(run_fields.get("out", RunConfig.out))
     path = out / "config.json"
-    if not path.exists():
-        if resume:
-            raise UserError(f"--resume: there is no run in {out}")
-        if out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir())):
-            raise UserError(f"{out} exists and is not the folder of a run; choose another --out")
-        run, cfg = configure(run_fields, model_fields)
-        out.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                    "threads": run.threads or torch.get_num_threads(), "machine": platform.machine()}
-        write_json(path, {"model": dataclasses.asdict(cfg), "run": dataclasses.asdict(run),
-                          "versions": versions})
-        return run, cfg
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        before = {**saved["run"], **saved["model"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no run's configuration; choose another --out") from None
+    saved = read_config(path) if path.exists() else None
+    made = [other for other in out.glob("*") if other != path and other.suffix != ".tmp"]
+    if not saved and (made or out.is_file()):
+        raise UserError(f"{out} exists and is not the folder of a run; choose another --out")
     if resume:
-        keep = {key: value for key, value in saved["run"].items() if key not in MACHINE_FIELDS}
+        if not saved:
+            raise UserError(f"--resume: there is no run in {out}")
         known = {field.name for cls in (RunConfig, KimiConfig) for field in dataclasses.fields(cls)}
-        if strange := sorted(set(before) - known):
+        if strange := sorted({*saved["run"], *saved["model"]} - known):
             raise UserError(f"{path} is of a version with other settings ({', '.join(strange)}); choose "
                             "another --out")
+        keep = {key: value for key, value in saved["run"].items() if key not in MACHINE_FIELDS}
         run_fields, model_fields = {**keep, **run_fields}, {**saved["model"], **model_fields}
+        stage = stage or saved.get("stage")
     run, cfg = configure(run_fields, model_fields)
+    if saved and made:
+        refuse_changes(out, saved, run, cfg)
+        settings = {**saved, "stage": stage}
+    else:  # nothing was made under other settings
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                    "threads": run.threads or torch.get_num_threads(), "machine": platform.machine()}
+        settings = {"model": dataclasses.asdict(cfg), "run": dataclasses.asdict(run), "stage": stage,
+                    "versions": versions}
+    if settings != saved:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+    return run, cfg
+
+
+def read_config(path):
+    """config.json of a run: its "run" and "model", the "stage" last asked for, "versions"."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        {**saved["run"], **saved["model"]}  # raises where one of them is missing or no object
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no run's configuration; choose another --out") from None
+    return saved
+
+
+def refuse_changes(out, saved, run, cfg):
+    """What was made in a folder has the settings under which it was begun, or none would be true of it."""
+    before = {**saved["run"], **saved["model"]}
     now = {**dataclasses.asdict(run), **dataclasses.asdict(cfg)}
     changed = [key for key in now if key not in MACHINE_FIELDS and now[key] != before.get(key)]
     if changed:
         was = ", ".join(f"{key} {before.get(key)!r}, now {now[key]!r}" for key in changed[:4])
         raise UserError(f"{out} holds a run with other settings ({was}); --resume without flags "
                         "continues it, another --out starts a new one")
-    return run, cfg
 
 
-def train(run, cfg, stage, ranks):
-    """One stage of a run, or all of them, each continued where it stopped; a finished one is not repeated."""
+def train(run, cfg, ranks):
+    """The stage of a run that was asked for, or all of them, each continued where it stopped; a finished one
+    is not repeated."""
     out, began = Path(run.out), time.perf_counter()
+    stage = read_config(out / "config.json").get("stage")
     if run.threads:
         torch.set_num_threads(run.threads)
     if run.base:
@@ -7343,8 +7394,8 @@ def main(argv=None):
         ranks = Ranks(pick_device(run_fields.get("device", "auto")), run_fields.get("ep", 1))
         with ranks.speaking():
             with ranks.one_by_one():
-                run, cfg = open_run(run_fields, model_fields, command["resume"])
-            train(run, cfg, command["stage"], ranks)
+                run, cfg = open_run(run_fields, model_fields, command["resume"], command["stage"])
+            train(run, cfg, ranks)
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; nothing was half-written, the same command goes on from here")
     except (UserError, ValueError, FileNotFoundError) as error:
