@@ -359,15 +359,35 @@ CHOICES = {"optimizer": ("muonclip", "muon", "adamw"), "device": ("auto", "cpu",
 
 
 def configure(run_fields, model_fields):
-    """RunConfig with the preset's defaults filled in, and the KimiConfig; bad values raise ValueError."""
+    """RunConfig with the preset's defaults filled in, and the KimiConfig; bad values raise an error."""
     run = RunConfig(**run_fields)
     cfg = KimiConfig.preset(run.preset, **model_fields)
     defaults = {key: value for key, value in RUN_DEFAULTS[run.preset].items() if getattr(run, key) is None}
     run = dataclasses.replace(run, **defaults)
+    check_values(run)
+    check_names(run)
+    run.micro_batch = min(run.micro_batch or run.batch_size, run.batch_size)
+    for name, share in (("anneal_steps", 0.4 / 15.5), ("long_steps", 0.06 / 15.5)):  # T tokens of 15.5
+        if getattr(run, name) is None:
+            setattr(run, name, max(20, round(run.steps * share)))
+    run.yarn_steps = run.long_steps if run.yarn_steps is None else run.yarn_steps
+    run.drill_steps, run.recompute = run.drill_steps or 0, bool(run.recompute)
+    if not 0 <= run.lr_anneal <= run.lr_end:
+        raise ValueError(f"lr_anneal must be between 0 and lr_end {run.lr_end:g}, got {run.lr_anneal:g}")
+    if run.batch_size % run.micro_batch:
+        raise ValueError(f"batch_size {run.batch_size} must be a multiple of micro_batch {run.micro_batch}")
+    return run, cfg
+
+
+def check_values(run):
+    """Numbers within their limits, one of the choices, weights that can be shares."""
     for names, allowed, must in LIMITS:
         for name in names.split():
             if (value := getattr(run, name)) is not None and not allowed(value):
                 raise ValueError(f"{name} must {must}, got {value}")
+    for name, allowed in CHOICES.items():
+        if getattr(run, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(run, name)!r}")
     for name in ("domain_weights", "anneal_weights", "sft_weights", "rl_weights"):
         weights = getattr(run, name) or {}
         for key, weight in weights.items():
@@ -375,27 +395,17 @@ def configure(run_fields, model_fields):
                 raise ValueError(f"{name}: {key} must be a finite number and not be negative, got {weight!r}")
         if weights and not any(weights.values()) and name != "rl_weights":
             raise ValueError(f"{name}: at least one must be positive")
-    for name, allowed in CHOICES.items():
-        if getattr(run, name) not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(run, name)!r}")
-    run.micro_batch = min(run.micro_batch or run.batch_size, run.batch_size)
-    for name, share in (("anneal_steps", 0.4 / 15.5), ("long_steps", 0.06 / 15.5)):  # T tokens of 15.5
-        if getattr(run, name) is None:
-            setattr(run, name, max(20, round(run.steps * share)))
-    run.yarn_steps = run.long_steps if run.yarn_steps is None else run.yarn_steps
-    run.drill_steps, run.recompute = run.drill_steps or 0, bool(run.recompute)
+
+
+def check_names(run):
+    """Names that there are, and both halves of an endpoint."""
+    refuse_unknown("rl_weights", run.rl_weights or (), TASK_BUDGETS)
+    refuse_unknown("sft_weights", run.sft_weights or (), (*SFT_WEIGHTS, "own"))
+    if not run.data:  # which domains own text has is known when it is read
+        check_domains(run, DOMAIN_WEIGHTS)
     for what in ("rewriter", "judge", "agent"):
         if bool(getattr(run, f"{what}_url")) != bool(getattr(run, f"{what}_model")):
             raise ValueError(f"{what}_url and {what}_model belong together, one of them is missing")
-    refuse_unknown("rl_weights", run.rl_weights or (), TASK_BUDGETS)
-    refuse_unknown("sft_weights", run.sft_weights or (), (*SFT_WEIGHTS, "own"))
-    if not run.data:  # own text has domains of its own, see prepare_data
-        check_domains(run, DOMAIN_WEIGHTS)
-    if not 0 <= run.lr_anneal <= run.lr_end:
-        raise ValueError(f"lr_anneal must be between 0 and lr_end {run.lr_end:g}, got {run.lr_anneal:g}")
-    if run.batch_size % run.micro_batch:
-        raise ValueError(f"batch_size {run.batch_size} must be a multiple of micro_batch {run.micro_batch}")
-    return run, cfg
 
 
 def check_domains(run, there):
@@ -455,7 +465,8 @@ def gpu_memory(run, cfg, world, ep, length):
         moments.append((many * (2 * head + 2 * moe + max(moe, first) - experts), all_kept + anew[0]))
     if n_dense:
         moments.append((many * (2 * head + 3 * dense), n_dense * kept[1] + anew[1]))
-    return {**states, **dict(zip(("gathered", "activations"), max(moments, key=sum)))}
+    gathered, activations = max(moments, key=sum)
+    return {**states, "gathered": gathered, "activations": activations}
 
 
 def gpu_traffic(run, cfg, world, ep):
@@ -5597,8 +5608,8 @@ class Phase:
     weights: dict = dataclasses.field(default_factory=dict)  # of the domains
     context: tuple | None = None  # what KimiK2.set_context gets: length, YaRN or None; none: as it is
     bias_update_rate: float = 0.0
-    before: dict | None = None  # weights from which it comes, and in how many steps
-    fade: int = 0
+    before: dict = dataclasses.field(default_factory=dict)  # weights from which it comes,
+    fade: int = 0  # and in how many steps
 
     def enter(self, model, opt):
         if self.context:
@@ -5608,7 +5619,7 @@ class Phase:
     def weights_at(self, step):
         """Weights of the domains at a step: they go evenly from those before to its own."""
         left = max(0.0, 1 - (step - self.start) / self.fade) if self.fade else 0.0
-        return {domain: (1 - left) * weight + left * (self.before or {}).get(domain, 0.0)
+        return {domain: (1 - left) * weight + left * self.before.get(domain, 0.0)
                 for domain, weight in self.weights.items()}
 
 
@@ -6004,29 +6015,29 @@ class ShardedMuonClip(MuonClip):
 
     def _add_updates(self, params, group):
         super()._add_updates([p for p in params if p.ndim == 3 and len(p)], group)
+        # a matrix's rows come together on the rank that owns it
         params, ranks = sorted((p for p in params if p.ndim == 2), key=self.owner.get), range(self.ranks.size)
-        pairs = list(zip(params, self._updates(params, group)))
-        mine = [self.whole[p].shape for p, _ in pairs if self.owner[p] == self.ranks.rank]
-        # what goes to the owners, and what comes to me: rank 0's rows of each matrix of mine, rank 1's ...
-        there = [sum(p.numel() for p, _ in pairs if self.owner[p] == rank) for rank in ranks]
-        parts = [[(len(self.rows_of(n, rank)), m) for n, m in mine] for rank in ranks]
-        here = [sum(n * m for n, m in shapes) for shapes in parts]
-        sent = torch.cat([update.flatten() for _, update in pairs])
-        came = sent.new_empty(sum(here))
-        dist.all_to_all_single(came, sent, here, there)
-        shapes = [shape for of_rank in parts for shape in of_rank]
-        came = [part.view(shape) for part, shape in zip(came.split([n * m for n, m in shapes]), shapes)]
+        there = [[p.shape for p in params if self.owner[p] == rank] for rank in ranks]
+        mine = [self.whole[p].shape for p in params if self.owner[p] == self.ranks.rank]
+        here = [[(len(self.rows_of(n, rank)), m) for n, m in mine] for rank in ranks]
+        came = self.exchange(self._updates(params, group), there, here)
         matrices = [torch.cat(came[i :: len(mine)]) for i in range(len(mine))]
         changes = [torch.zeros_like(matrix) for matrix in matrices]
         if matrices:
             super()._add_orthogonal(changes, matrices, group)
-        # and back
-        rows = [[self.rows_of(len(change), rank) for change in changes] for rank in ranks]
-        sent = [change[r.start : r.stop].flatten() for of_rank in rows for r, change in zip(of_rank, changes)]
-        came = params[0].new_empty(sum(there))
-        dist.all_to_all_single(came, torch.cat([came[:0], *sent]), there, here)
-        came = came.split([p.numel() for p, _ in pairs])
-        torch._foreach_add_([p for p, _ in pairs], [part.view_as(p) for part, (p, _) in zip(came, pairs)])
+        # and go back to where they were
+        parts = [change.split([len(self.rows_of(len(change), rank)) for rank in ranks]) for change in changes]
+        torch._foreach_add_(params, self.exchange(itertools.chain(*zip(*parts)), here, there))
+
+    def exchange(self, tensors, there, here):
+        """Sends tensors, there[r] are the shapes of those for rank r; returns what came, here[r] from rank r,
+        rank after rank."""
+        sizes = [[sum(map(math.prod, shapes)) for shapes in side] for side in (here, there)]
+        sent = torch.cat([torch.empty(0, device=self.ranks.device), *(t.flatten() for t in tensors)])
+        came = sent.new_empty(sum(sizes[0]))
+        dist.all_to_all_single(came, sent, *sizes)
+        shapes = list(itertools.chain(*here))
+        return [part.view(shape) for part, shape in zip(came.split(list(map(math.prod, shapes))), shapes)]
 
     def rows_of(self, n, rank):
         """Rows of a matrix of n that a rank has: FSDP gives all but the last ones equally many."""
@@ -6151,8 +6162,8 @@ class Checkpoints:
                 os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            kept = next(iter(self.paths()), "none")
-            raise UserError(f"could not save {path}: {error}; the last good checkpoint is {kept}") from None
+            good = next(iter(self.paths()), "none")
+            raise UserError(f"could not save {path}: {error}; the last good checkpoint is {good}") from None
         for old in self.paths()[2:] if self.ranks.first else ():  # the last two are kept
             shutil.rmtree(old)
 
@@ -6204,8 +6215,7 @@ def parameters(opt):
 def cut_metrics(out, stage, step):
     """metrics.jsonl has a JSON object per step; those of a stage from a step on will come anew."""
     kept = [row for row in read_metrics(out) if row["stage"] != stage or row["step"] < step]
-    with atomic(out / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    write_lines(out / "metrics.jsonl", map(json.dumps, kept))
 
 
 def read_metrics(out):
@@ -6247,14 +6257,15 @@ def accumulate(model, job, batch, weight=1.0):
     The loss is divided by the number of targets of the whole batch, so that how it is cut into
     micro-batches, and these among ranks, does not matter. A micro-batch of longer sequences has fewer rows.
     """
-    run, (tokens, targets, *document) = job.run, batch
+    run, (tokens, targets, *_) = job.run, batch
     rows = max(1, run.micro_batch * run.seq_len // tokens.shape[1])
     n_targets = job.ranks.sum((targets != -100).sum()).clamp(min=1)
     n_rows = job.ranks.sum(len(tokens))
     loss_sum = torch.zeros((), device=job.device)
-    for x, y, *d in zip(*(part.split(rows) for part in (tokens, targets, *document))) if len(tokens) else ():
+    pieces = zip(*(part.split(rows) for part in batch)) if len(tokens) else ()
+    for x, y, *documents in pieces:
         with job.autocast():
-            loss = model.loss(x, y, *d)
+            loss = model.loss(x, y, *documents)
         n_here = (y != -100).sum()
         share = len(x) / n_rows
         (weight * (loss * (n_here / n_targets) + run.aux_alpha * share * model.aux_loss)).backward()
@@ -6277,8 +6288,7 @@ def take_part(model, job, passes):
 
 def update(model, opt, job, loss, lr):
     """An optimizer step with the gradients that have accumulated. Returns the step's figures."""
-    limit = math.inf if job.run.grad_clip is None else job.run.grad_clip
-    grad_norm = job.ranks.clip_grad_norm(model, limit).item()
+    grad_norm = job.ranks.clip_grad_norm(model, job.run.grad_clip or math.inf).item()
     stop_if_broken(model, loss, grad_norm)
     for group in opt.param_groups:
         group["lr"] = lr
@@ -6328,7 +6338,7 @@ def fit(stage, job, model, twin, opt, course, batch_of, evaluate, lr_of, learn=t
     started = progress.step
     if ranks.first:
         cut_metrics(job.out, stage, started)
-    phase = next(phase for phase in course if started - 1 < phase.end)
+    phase = next(phase for phase in course if started <= phase.end)
     phase.enter(model.train(), opt)
     bar = tqdm(total=steps, initial=started, desc=stage, unit="step", disable=None if ranks.first else True)
     with bar, stop_on_signal(ranks) as asked:
@@ -6401,11 +6411,9 @@ class Alike(Ranks):
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
         super().__init__(torch.device("cpu"), ep)
-        self.names = {}
-        if self.many:
-            self.names = {self.mesh[name].get_group().group_name: f"{name} {self.mesh[name].size()}"
-                          for name in ("dp", "ep")}
-            self.names[self.flat.get_group().group_name] = f"all {world}"
+        self.names = {self.mesh[name].get_group().group_name: f"{name} {self.mesh[name].size()}"
+                      for name in ("dp", "ep")}
+        self.names[self.flat.get_group().group_name] = f"all {world}"
         self.names[dist.group.WORLD.group_name] = f"all {world}"
 
     def sum(self, x):
