@@ -285,7 +285,8 @@ def comments_of(cls):
 
 def value_of(text, kind):
     """A flag's text as its field's type; `none` where the field may be None."""
-    (base, *none), word = typing.get_args(kind) or (kind,), text.lower()
+    base, *none = typing.get_args(kind) or (kind,)
+    word = text.lower()
     if none and word == "none":
         return None
     try:
@@ -294,7 +295,8 @@ def value_of(text, kind):
         if base is dict and text.startswith("{"):
             return json.loads(text)
         if base is dict:
-            return {key: float(number) for key, number in (pair.split("=") for pair in text.split(","))}
+            pairs = (pair.split("=") for pair in text.split(","))
+            return {key: float(number) for key, number in pairs}
         if base is int:
             number = float(text) if "e" in word else int(text)  # 1e6, 1.5e3
             if not abs(number) < 2**63 or number != int(number):
@@ -337,6 +339,10 @@ def parse_command(argv):
     return command, {**(FAST if command["fast"] else {}), **run}, given
 
 
+def not_negative(*values):
+    return all(isinstance(value, (int, float)) and 0 <= value <= sys.float_info.max for value in values)
+
+
 LIMITS = (  # fields of the run, what a value has to satisfy, and how that is said
     ("steps batch_size micro_batch seq_len eval_every eval_tokens save_every long_factor yarn_factor "
      "chunk_tokens endpoint_parallel tools trajectories sft_steps sft_len tool_tasks rl_steps rl_prompts "
@@ -345,7 +351,11 @@ LIMITS = (  # fields of the run, what a value has to satisfy, and how that is sa
     ("rl_samples", lambda value: value >= 2, "be at least 2, to differ from their mean"),
     ("drill_steps anneal_steps long_steps yarn_steps rephrase_max needles endpoint_retries review warmup "
      "rl_segment rl_penalty ptx_weight critic_weight weight_decay aux_alpha bias_update_rate gpu_watts "
-     "kwh_price", lambda value: 0 <= value < math.inf, "not be negative or infinite"),
+     "kwh_price", not_negative, "not be negative or infinite"),
+    ("rl_weights", lambda value: not_negative(*value.values()), "hold finite numbers, none negative"),
+    ("domain_weights anneal_weights sft_weights",
+     lambda value: not_negative(*value.values()) and any(value.values()),
+     "hold finite numbers, none negative and one at least positive"),
     ("seed rl_seed", lambda value: 0 <= value < 2**63, "be at least 0 and below 2**63"),
     ("momentum", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
     ("lr sft_lr rl_lr tau tau_rl rl_temperature rl_temperature_end grad_clip gpu_tflops gpu_gib gpu_tbps "
@@ -364,8 +374,7 @@ def configure(run_fields, model_fields):
     cfg = KimiConfig.preset(run.preset, **model_fields)
     defaults = {key: value for key, value in RUN_DEFAULTS[run.preset].items() if getattr(run, key) is None}
     run = dataclasses.replace(run, **defaults)
-    check_values(run)
-    check_names(run)
+    check(run)
     run.micro_batch = min(run.micro_batch or run.batch_size, run.batch_size)
     for name, share in (("anneal_steps", 0.4 / 15.5), ("long_steps", 0.06 / 15.5)):  # T tokens of 15.5
         if getattr(run, name) is None:
@@ -379,8 +388,8 @@ def configure(run_fields, model_fields):
     return run, cfg
 
 
-def check_values(run):
-    """Numbers within their limits, one of the choices, weights that can be shares."""
+def check(run):
+    """Raise where a value is out of its limits or no choice, a name unknown, half of a pair missing."""
     for names, allowed, must in LIMITS:
         for name in names.split():
             if (value := getattr(run, name)) is not None and not allowed(value):
@@ -388,17 +397,6 @@ def check_values(run):
     for name, allowed in CHOICES.items():
         if getattr(run, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(run, name)!r}")
-    for name in ("domain_weights", "anneal_weights", "sft_weights", "rl_weights"):
-        weights = getattr(run, name) or {}
-        for key, weight in weights.items():
-            if not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
-                raise ValueError(f"{name}: {key} must be a finite number and not be negative, got {weight!r}")
-        if weights and not any(weights.values()) and name != "rl_weights":
-            raise ValueError(f"{name}: at least one must be positive")
-
-
-def check_names(run):
-    """Names that there are, and both halves of an endpoint."""
     refuse_unknown("rl_weights", run.rl_weights or (), TASK_BUDGETS)
     refuse_unknown("sft_weights", run.sft_weights or (), (*SFT_WEIGHTS, "own"))
     if not run.data:  # which domains own text has is known when it is read
@@ -423,15 +421,6 @@ def check_domains(run, there):
 # over 16 pipeline stages x 16-way expert parallelism, the optimizer over the replicas of these 256 GPUs.
 
 
-def whole_layers(cfg, world, ep):
-    """Elements that a rank gathers: of a layer with experts, of a dense layer; its experts alone; lm_head."""
-    n, n_moe = count_parameters(cfg), max(1, cfg.num_hidden_layers - cfg.first_k_dense_replace)
-    every = (n.attention + n.norms) / cfg.num_hidden_layers
-    experts = experts_held(cfg, world, ep) * (world // ep) * n.routed_experts / cfg.n_routed_experts / n_moe
-    moe = every + experts + (n.shared_experts + n.router) / n_moe
-    return moe, every + 3 * cfg.hidden_size * cfg.intermediate_size, experts, n.embedding
-
-
 def experts_held(cfg, world, ep):
     """Of a layer, on its fullest rank: an ep'th of them, shared out in whole among the dp ranks."""
     return math.ceil(cfg.n_routed_experts / ep / (world // ep))
@@ -440,31 +429,39 @@ def experts_held(cfg, world, ep):
 def gpu_memory(run, cfg, world, ep, length):
     """Bytes by part that the fullest of `world` ranks needs for a step, its rows `length` tokens long."""
     n, C, K, H = count_parameters(cfg), cfg.hidden_size, cfg.num_experts_per_tok, cfg.num_attention_heads
-    n_moe, F = cfg.num_hidden_layers - cfg.first_k_dense_replace, cfg.moe_intermediate_size
+    n_dense, F = cfg.first_k_dense_replace, cfg.moe_intermediate_size
+    n_moe = cfg.num_hidden_layers - n_dense
     held = n_moe * experts_held(cfg, world, ep) * 3 * C * F + (n.total - n.routed_experts) / world
     states = {"weights": 4 * held, "gradients": 4 * held,
               "optimizer": 4 * held + 4 * (2 * n.embedding + n.norms) / world}
-    tokens, e = max(1, run.micro_batch * run.seq_len // length) * length, 4 if run.dtype == "fp32" else 2
+    # elements that are gathered of a block: its experts, all of it with experts, all of a dense one
+    experts = experts_held(cfg, world, ep) * (world // ep) * 3 * C * F
+    every = (n.attention + n.norms) / cfg.num_hidden_layers
+    moe = every + experts + (n.shared_experts + n.router) / max(1, n_moe)
+    dense = every + 3 * C * cfg.intermediate_size
+    wide = 4 if world > 1 else 0  # bytes of a gathered element, and of its copy in bf16
+    narrow = 0 if run.dtype == "fp32" else 2
+    # what a block with experts and a dense one take in their backward passes
+    tokens = max(1, run.micro_batch * run.seq_len // length) * length
+    e = 4 if run.dtype == "fp32" else 2
     D, v = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim
     stream = 4 * tokens * C  # what a block reads
     attention = 5 * stream + e * tokens * H * (4 * D + 3 * v)
     routed = e * tokens * (K * 5 * (C + F) + 3 * cfg.n_shared_experts * F)
-    moe, dense, experts, head = whole_layers(cfg, world, ep)
-    n_dense, many, bf16 = cfg.first_k_dense_replace, 4 * (world > 1), 2 * (run.dtype != "fp32")
-    # what a block with experts and a dense one take in their backward passes, bf16 copies of the weights too
-    block = [attention + routed + bf16 * moe,
-             attention + e * tokens * 6 * cfg.intermediate_size + bf16 * dense]
+    block = [attention + routed + narrow * moe,
+             attention + e * tokens * 6 * cfg.intermediate_size + narrow * dense]
     # without recomputation about four fifths of that stay from the forward pass on, as dry runs show
     kept = [stream, stream] if run.recompute else [0.8 * size for size in block]
     anew = block if run.recompute else [0.2 * size for size in block]
     # Four moments compete: the backward passes of lm_head, of the last block with experts, of the last dense
     # one, of the embedding. Gathered are a block's weights and the next one's, and some of its gradients.
-    first, all_kept = dense if n_dense else 0, n_moe * kept[0] + n_dense * kept[1]
-    moments = [(many * head, all_kept + 8 * head), (many * (4 * head + first), stream)]
+    head, first = n.embedding, dense if n_dense else 0
+    all_kept = n_moe * kept[0] + n_dense * kept[1]
+    moments = [(wide * head, all_kept + 8 * head), (wide * (4 * head + first), stream)]
     if n_moe:
-        moments.append((many * (2 * head + 2 * moe + max(moe, first) - experts), all_kept + anew[0]))
+        moments.append((wide * (2 * head + 2 * moe + max(moe, first) - experts), all_kept + anew[0]))
     if n_dense:
-        moments.append((many * (2 * head + 3 * dense), n_dense * kept[1] + anew[1]))
+        moments.append((wide * (2 * head + 3 * dense), n_dense * kept[1] + anew[1]))
     gathered, activations = max(moments, key=sum)
     return {**states, "gathered": gathered, "activations": activations}
 
@@ -475,7 +472,8 @@ def gpu_traffic(run, cfg, world, ep):
     experts = experts_held(cfg, world, ep) * (world // ep - 1) * n.routed_experts / cfg.n_routed_experts
     others = (n.total - n.routed_experts) * (1 - 1 / world)  # among all ranks
     again = n.embedding * (1 - 1 / world)  # lm_head stays for the backward pass
-    visits, e = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, 4 if run.dtype == "fp32" else 2
+    visits = run.micro_batch * run.seq_len * cfg.num_experts_per_tok
+    e = 4 if run.dtype == "fp32" else 2
     passes = 6 if run.recompute else 4  # there and back; forward, again, backward
     return {"weights": 4 * (2 * (experts + others) - again), "gradients": 4 * (experts + others),
             "tokens": passes * n_moe * e * visits * (cfg.hidden_size + 1) * (1 - 1 / ep)}
@@ -578,7 +576,7 @@ def plan_serving(run, cfg):
     left = room - rest - n.cache_bytes_per_token() * cfg.max_position_embeddings
     if not run.serve_gpus and left <= 0:
         raise UserError(f"serving: what each GPU holds and a user's cache exceed 90 % of {run.gpu_gib:g} GiB")
-    gpus = run.serve_gpus or 8 * math.ceil(experts / left / 8)
+    gpus = run.serve_gpus or 8 * max(1, math.ceil(experts / left / 8))
     weights = rest + experts / gpus
     yield line("serving", f"{gpus} GPUs, {run.serve_bytes:g} B a weight: {weights / GiB:,.2f} GiB of "
                f"{run.gpu_gib:g} on each; a user's cache is on one")
@@ -6016,7 +6014,8 @@ class ShardedMuonClip(MuonClip):
     def _add_updates(self, params, group):
         super()._add_updates([p for p in params if p.ndim == 3 and len(p)], group)
         # a matrix's rows come together on the rank that owns it
-        params, ranks = sorted((p for p in params if p.ndim == 2), key=self.owner.get), range(self.ranks.size)
+        params = sorted((p for p in params if p.ndim == 2), key=self.owner.get)
+        ranks = range(self.ranks.size)
         there = [[p.shape for p in params if self.owner[p] == rank] for rank in ranks]
         mine = [self.whole[p].shape for p in params if self.owner[p] == self.ranks.rank]
         here = [[(len(self.rows_of(n, rank)), m) for n, m in mine] for rank in ranks]
@@ -6199,12 +6198,12 @@ class Checkpoints:
             elif part != "model":
                 others[name] = torch.empty(size, dtype=dtype, device=device)
         self.ranks.read(self.tensors(model, opt) | others, path)
-        clipped = others.pop("ever_clipped")
+        facts = saved["progress"]
+        facts |= {"max_logit": float(facts["max_logit"]), "ever_clipped": others.pop("ever_clipped")}
         if keep:
             tensors = {name.removeprefix("keep."): tensor for name, tensor in others.items()}
             keep.load_state_dict({"facts": saved["keep"], "tensors": tensors})
-        facts = {**saved["progress"], "max_logit": float(saved["progress"]["max_logit"])}
-        return Progress(**{**facts, "ever_clipped": clipped})
+        return Progress(**facts)
 
 
 def parameters(opt):
@@ -6257,7 +6256,8 @@ def accumulate(model, job, batch, weight=1.0):
     The loss is divided by the number of targets of the whole batch, so that how it is cut into
     micro-batches, and these among ranks, does not matter. A micro-batch of longer sequences has fewer rows.
     """
-    run, (tokens, targets, *_) = job.run, batch
+    run = job.run
+    tokens, targets = batch[:2]
     rows = max(1, run.micro_batch * run.seq_len // tokens.shape[1])
     n_targets = job.ranks.sum((targets != -100).sum()).clamp(min=1)
     n_rows = job.ranks.sum(len(tokens))
@@ -6504,9 +6504,11 @@ def dry_step(run, cfg):
     more. Routing is balanced; what depends on the device goes the CPU's way, but in bf16."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    ranks, run = Alike(run.world, run.ep), dataclasses.replace(run, dtype="bf16")
+    ranks = Alike(run.world, run.ep)
+    run = dataclasses.replace(run, dtype="bf16")
     job = Job(run, cfg, None, ranks.device, None, None, ranks)
-    visits, few = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, min(2, micro_batches(run))
+    few = min(2, micro_batches(run))
+    visits = run.micro_batch * run.seq_len * cfg.num_experts_per_tok
     even = [visits * (rank + 1) // run.ep - visits * rank // run.ep for rank in range(run.ep)]
     try:
         with torch.device("meta"):
@@ -6548,7 +6550,8 @@ def dry_run(run, cfg):
         raise UserError(f"--dry_run needs --world N, a multiple of --ep {run.ep}")
     if run.dtype == "fp32":
         raise UserError("--dry_run computes in bf16: fake tensors know the experts' products in no other")
-    (ledger, held, model, few), GiB, many = dry_step(run, cfg), 2**30, micro_batches(run)
+    ledger, held, model, few = dry_step(run, cfg)
+    many, GiB = micro_batches(run), 2**30
     yield line("rank 0", f"of {run.world:,}, dp {run.world // run.ep} x ep {run.ep}; a step of {many:,} "
                f"micro-batches of {run.micro_batch} x {run.seq_len:,} tokens, bf16")
     yield ""
@@ -6565,14 +6568,14 @@ def dry_run(run, cfg):
         yield line("  " + stage, over, kind, f"{n:,} x {times:,}", f"{size / count / 1e9:,.4f}",
                    f"{size / count * n * times / 1e9:,.3f}")
     yield ""
-    planned, here = gpu_memory(run, cfg, run.world, run.ep, run.seq_len), max(ledger.peaks.values())
+    planned = gpu_memory(run, cfg, run.world, run.ep, run.seq_len)
+    here, there = max(ledger.peaks.values()), sum(planned.values())
     yield line("GiB of rank 0", "here", "planned")
     for part, size in held.items():
         yield line("  " + part, f"{size / GiB:,.3f}", f"{planned[part] / GiB:,.3f}")
     yield line("  gathered, activations", f"{(here - sum(held.values())) / GiB:,.3f}",
                f"{(planned['gathered'] + planned['activations']) / GiB:,.3f}")
-    planned = sum(planned.values())
-    yield line("  all", f"{here / GiB:,.3f}", f"{planned / GiB:,.3f}", f"{planned / here - 1:+.1%}")
+    yield line("  all", f"{here / GiB:,.3f}", f"{there / GiB:,.3f}", f"{there / here - 1:+.1%}")
     yield line("  most in a pass", f"{ledger.peaks['passes'] / GiB:,.3f}")
     yield line("  most in the update", f"{ledger.peaks['update'] / GiB:,.3f}")
 
@@ -7394,7 +7397,7 @@ def finish(job, stage, work):
 
 def main(argv=None):
     """The command line: plan, dry-run, or train; errors of the user are one line."""
-    command, run_fields, model_fields = parse_command(sys.argv[1:] if argv is None else argv)
+    command, run_fields, model_fields = parse_command(argv)
     try:
         for what, show in (("plan", plan), ("dry_run", dry_run)):
             if command[what]:
