@@ -264,6 +264,11 @@ def refuse_unknown(field, names, there):
             raise UserError(f"{field}: no {name}{nearest(name, there)} (there are: {', '.join(there)})")
 
 
+def first_line(error):
+    """The beginning of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Every mistake is one line on stderr; a misspelt flag gets the nearest name."""
 
@@ -5760,9 +5765,9 @@ class Ranks:
         except RuntimeError as error:
             if not self.lost_one(error):
                 raise
-            what = str(error).strip().splitlines()[0][:200]
-            raise UserError(f"rank {self.rank} of {self.size} lost another ({what}); the same command goes "
-                            "on from the last checkpoint, with any number of processes") from error
+            raise UserError(f"rank {self.rank} of {self.size} lost another ({first_line(error)}); the same "
+                            "command goes on from the last checkpoint, with any number of processes"
+                            ) from error
         if self.many:
             dist.destroy_process_group()
 
@@ -6115,7 +6120,7 @@ def compile_blocks(model, job):
     except Exception as error:  # no compiler, an operator it does not know: many kinds
         for block in model.model.layers:
             block._compiled_call_impl = None
-        print(f"note: torch.compile failed ({str(error).strip().splitlines()[0][:120]}), going on without")
+        print(f"note: torch.compile failed ({first_line(error)}), going on without")
     model.zero_grad()
     model.init_buffers()
 
@@ -6176,7 +6181,7 @@ class Checkpoints:
                 if self.ranks.lost_one(error):
                     raise
                 if self.ranks.first:
-                    print(f"{path} is damaged ({str(error).splitlines()[0][:100]}), trying the one before it",
+                    print(f"{path} is damaged ({first_line(error)}), trying the one before it",
                           file=sys.stderr)
         if paths:
             raise UserError(
