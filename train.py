@@ -460,7 +460,8 @@ def gpu_memory(run, cfg, world, ep, length):
     anew = block if run.recompute else [0.2 * size for size in block]
     # Four moments compete: the backward passes of lm_head, of the last block with experts, of the last dense
     # one, of the embedding. Gathered are a block's weights and the next one's, and some of its gradients.
-    head, first = n.embedding, dense if n_dense else 0
+    head = n.embedding
+    first = dense if n_dense else 0
     all_kept = n_moe * kept[0] + n_dense * kept[1]
     moments = [(wide * head, all_kept + 8 * head), (wide * (4 * head + first), stream)]
     if n_moe:
@@ -5911,9 +5912,8 @@ class Ranks:
             folder.mkdir()
         self.wait()
         if not self.many:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "all.safetensors")
-            with open(folder / "all.safetensors", "rb+") as file:
-                os.fsync(file.fileno())
+            with atomic(folder / "all.safetensors") as temporary:
+                save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
             return
         import torch.distributed.checkpoint as dcp
 
@@ -6562,7 +6562,8 @@ def dry_run(run, cfg):
     yield ""
     shapes = collections.Counter()
     for name, p in model.named_parameters():
-        shapes[re.sub(r"layers\.\d+\.", "layers.N.", name), tuple(p.shape), tuple(local(p).shape)] += 1
+        here = p.to_local() if run.world > 1 else p
+        shapes[re.sub(r"layers\.\d+\.", "layers.N.", name), tuple(p.shape), tuple(here.shape)] += 1
     yield f"{'parameter':54s}{'layers':>6s}{'gathered':>20s}{'held':>20s}"
     for (name, whole, here), count in shapes.items():
         yield f"{name:54s}{count:6d}{whole!s:>20s}{here!s:>20s}"
@@ -6583,11 +6584,6 @@ def dry_run(run, cfg):
     yield line("  all", f"{here / GiB:,.3f}", f"{there / GiB:,.3f}", f"{there / here - 1:+.1%}")
     yield line("  most in a pass", f"{ledger.peaks['passes'] / GiB:,.3f}")
     yield line("  most in the update", f"{ledger.peaks['update'] / GiB:,.3f}")
-
-
-def local(p):
-    """What this rank holds of a parameter."""
-    return p.to_local() if hasattr(p, "to_local") else p
 
 
 # ==================================================================================================
