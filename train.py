@@ -639,7 +639,7 @@ def is_table(text):
     return sum(line[0] in "'\"0123456789([{\\" for line in lines) > len(lines) / 2
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def library():
     """((module, documentation, code), ...): each file is read and parsed once, never imported."""
     modules, seen = [], set()
@@ -776,10 +776,13 @@ def calculation(r):
     sign, a, b = "+-×"[r(0, 2)], r(12, 999), r(12, 999)
     if sign == "×":
         a, b = r(11, 99), r(3, 99)
+        steps, answer = product(a, b), a * b
     elif sign == "-":
         a, b = max(a, b), min(a, b)
-    steps = product(a, b) if sign == "×" else columns(a, b, 1 if sign == "+" else -1)
-    return {"task": f"{a} {sign} {b}"}, steps, {"+": a + b, "-": a - b, "×": a * b}[sign]
+        steps, answer = columns(a, b, -1), a - b
+    else:
+        steps, answer = columns(a, b, 1), a + b
+    return {"task": f"{a} {sign} {b}"}, steps, answer
 
 
 def division(r):
@@ -1409,9 +1412,8 @@ class TokenFiles:
         """Tokens and targets (rows, seq_len) that cover the first n_tokens of a domain's val file."""
         ids, targets = self.window((domain, "val"), 0, n_tokens + 1)
         length = min(seq_len, len(ids) - 1)
-        rows = (len(ids) - 1) // length
-        return (torch.from_numpy(ids[: rows * length]).view(rows, length),
-                torch.from_numpy(targets[1 : rows * length + 1]).view(rows, length))
+        end = len(ids) - 1 - (len(ids) - 1) % length
+        return tuple(torch.from_numpy(part[:end]).view(-1, length) for part in (ids, targets[1:]))
 
 
 # ==================================================================================================
@@ -1860,11 +1862,11 @@ def wrong_equations(text, x=None):
         parts = [part.strip() for part in re.split(r"([=<>])", chain.strip(" -"))]
         try:
             values = [None if "x" in part else work_out(part) for part in parts[::2]]
+            holds = all(a is None or b is None or compare[sign](a, b)
+                        for a, sign, b in zip(values, parts[1::2], values[1:]))
         except (ValueError, IndexError, ZeroDivisionError):
-            wrong.append(chain.strip())
-            continue
-        pairs = zip(values, parts[1::2], values[1:])
-        if not all(a is None or b is None or compare[sign](a, b) for a, sign, b in pairs):
+            holds = False
+        if not holds:
             wrong.append(chain.strip())
     return wrong
 
@@ -6919,8 +6921,7 @@ def long_context(model, job, most=4):
 
 
 SUCCESS = {  # class in the report: kind of task, split of its tools
-    "single": ("single", "seen"), "multi": ("multi", "seen"), "parallel": ("parallel", "seen"),
-    "none": ("none", "seen"), "missing": ("missing", "seen"), "failing": ("failing", "seen"),
+    **{kind: (kind, "seen") for kind in ("single", "multi", "parallel", "none", "missing", "failing")},
     "new_tool": ("single", "new"), "new_domain": ("single", "new_domain"),
 }
 
