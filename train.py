@@ -688,7 +688,7 @@ def is_table(text):
     return sum(line[0] in "'\"0123456789([{\\" for line in lines) > len(lines) / 2
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def library():
     """((module, documentation, code), ...): each file is read and parsed once, never imported."""
     modules, seen = [], set()
@@ -825,10 +825,13 @@ def calculation(r):
     sign, a, b = "+-×"[r(0, 2)], r(12, 999), r(12, 999)
     if sign == "×":
         a, b = r(11, 99), r(3, 99)
+        steps, answer = product(a, b), a * b
     elif sign == "-":
         a, b = max(a, b), min(a, b)
-    steps = product(a, b) if sign == "×" else columns(a, b, 1 if sign == "+" else -1)
-    return {"task": f"{a} {sign} {b}"}, steps, {"+": a + b, "-": a - b, "×": a * b}[sign]
+        steps, answer = columns(a, b, -1), a - b
+    else:
+        steps, answer = columns(a, b, 1), a + b
+    return {"task": f"{a} {sign} {b}"}, steps, answer
 
 
 def division(r):
@@ -1318,6 +1321,23 @@ def write_json(path, value):
     write_lines(path, [json.dumps(value, indent=1, ensure_ascii=False)])
 
 
+def read_jsonl(path):
+    """The records of a file that `write_jsonl` has written."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def read_json(path):
+    """The value of a file that `write_json` has written."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(head, rows):
+    """Lines of a table in Markdown, and an empty one."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
+
+
 def near_duplicates(texts, threshold=0.8, width=5):
     """Indices of texts that share most of their runs of five words with an earlier one.
 
@@ -1398,7 +1418,7 @@ class TokenFiles:
     """The packed ids of each domain, memory-mapped, and the batches drawn from them."""
 
     def __init__(self, folder, weights=None, anneal_weights=None):
-        about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "index.json")
         keys = [(domain, split) for domain, splits in about["domains"].items() for split in splits
                 if splits[split]["tokens"]]
         self.ids, self.learned = (
@@ -1438,9 +1458,8 @@ class TokenFiles:
         """Tokens and targets (rows, seq_len) that cover the first n_tokens of a domain's val file."""
         ids, targets = self.window((domain, "val"), 0, n_tokens + 1)
         length = min(seq_len, len(ids) - 1)
-        rows = (len(ids) - 1) // length
-        return (torch.from_numpy(ids[: rows * length]).view(rows, length),
-                torch.from_numpy(targets[1 : rows * length + 1]).view(rows, length))
+        end = len(ids) - 1 - (len(ids) - 1) % length
+        return tuple(torch.from_numpy(part[:end]).view(-1, length) for part in (ids, targets[1:]))
 
 
 # ==================================================================================================
@@ -1580,6 +1599,13 @@ def read_articles(text):
     read = (read_article(text, *span) for span in zip(starts, [*starts[1:], len(text)]))
     entities = list(itertools.takewhile(bool, read))
     return entities if len(entities) == len(starts) else []
+
+
+def training_world(out):
+    """Entities of the invented world whose articles the run in a folder trains on; [] for own data."""
+    path = Path(out) / "data" / "knowledge.jsonl"
+    return [entity for doc in (read_jsonl(path) if path.exists() else ())
+            if doc["split"] == "train" and "style" not in doc for entity in read_articles(doc["text"])]
 
 
 # --- fidelity: does a text say what its source says, all of it and nothing else? ---
@@ -1882,11 +1908,11 @@ def wrong_equations(text, x=None):
         parts = [part.strip() for part in re.split(r"([=<>])", chain.strip(" -"))]
         try:
             values = [None if "x" in part else work_out(part) for part in parts[::2]]
+            holds = all(a is None or b is None or compare[sign](a, b)
+                        for a, sign, b in zip(values, parts[1::2], values[1:]))
         except (ValueError, IndexError, ZeroDivisionError):
-            wrong.append(chain.strip())
-            continue
-        pairs = zip(values, parts[1::2], values[1:])
-        if not all(a is None or b is None or compare[sign](a, b) for a, sign, b in pairs):
+            holds = False
+        if not holds:
             wrong.append(chain.strip())
     return wrong
 
@@ -4159,9 +4185,8 @@ def marks_of(folder):
 
 def reviewed(folder):
     """Trajectories that may train: accepted by rules and judges, and not marked "drop" by a person."""
-    marks = marks_of(folder)
-    with open(folder / "trajectories.jsonl", encoding="utf-8") as file:
-        return [record for record in map(json.loads, file) if marks.get(record["id"]) != "drop"]
+    marks, records = marks_of(folder), read_jsonl(folder / "trajectories.jsonl")
+    return [record for record in records if marks.get(record["id"]) != "drop"]
 
 
 def readable(messages):
@@ -4239,7 +4264,7 @@ def make_trajectories(run, tok, out):
     trajectories_rejected.jsonl, review.jsonl, tools_card.md; tools.json is written last."""
     folder = out / "data"
     if (folder / "tools.json").exists():
-        return json.loads((folder / "tools.json").read_text(encoding="utf-8"))
+        return read_json(folder / "tools.json")
     began = time.perf_counter()
     toolbox, specifications = toolbox_of(run)
     write_jsonl(folder / "specs.jsonl", specifications)
@@ -4610,19 +4635,20 @@ def write_card(path, about, documents, rejected):
     examples = {}
     for doc in documents:
         examples.setdefault((doc["domain"], doc.get("style", "as it was found")), doc["text"])
-    lines = ["# Data card", "", "| domain | split | documents | tokens | bytes |", "|---|---|---|---|---|"]
-    lines += [f"| {domain} | {split} | {n['documents']:,} | {n['tokens']:,} | {n['bytes']:,} |"
-              for domain, splits in about["domains"].items() for split, n in splits.items()]
-    lines += [
-        "", f"{about['duplicates']} near-duplicates were left out, {about['skipped']} items could not be "
-        "read. Rephrasings are of training documents only.", "",
-        "| style | accepted | rejected |", "|---|---|---|",
-        *(f"| {style} | {n['accepted']:,} | {n['rejected']:,} |" for style, n in about["rephrase"].items())]
+    counts = ("documents", "tokens", "bytes")
+    lines = [
+        "# Data card", "",
+        *table(("domain", "split", *counts), ((domain, split, *(f"{n[key]:,}" for key in counts))
+               for domain, splits in about["domains"].items() for split, n in splits.items())),
+        f"{about['duplicates']} near-duplicates were left out, {about['skipped']} items could not be read. "
+        "Rephrasings are of training documents only.", "",
+        *table(("style", "accepted", "rejected"), ((style, f"{n['accepted']:,}", f"{n['rejected']:,}")
+                                                   for style, n in about["rephrase"].items()))]
     if reasons:
-        lines += ["", "Rejected because:", "", *(f"- {why}: {n}" for why, n in sorted(reasons.items()))]
+        lines += ["Rejected because:", "", *(f"- {why}: {n}" for why, n in sorted(reasons.items())), ""]
     for (domain, style), text in examples.items():
-        lines += ["", f"## {domain}, {style}", "", *(f"> {line}" for line in text[:400].split("\n"))]
-    write_lines(path, lines)
+        lines += [f"## {domain}, {style}", "", *(f"> {line}" for line in text[:400].split("\n")), ""]
+    write_lines(path, lines[:-1])
 
 
 def prepare_data(run, cfg, out):
@@ -6592,8 +6618,30 @@ def dry_run(run, cfg):
 
 
 # ==================================================================================================
-# 7  Stages
+# 7  Stages (R 2.5, 3)
 # ==================================================================================================
+# A stage takes the model that the one before has left, makes its batches, says what is measured on the way
+# (section 8 measures), and lets `fit` of section 6 train. It gives (seconds, figures for report.json).
+#
+#     pretrain   next token: drills, the WSD schedule, annealing, long contexts, YaRN           R 2.5
+#     tools      dialogs with tools, made and filtered (section 4)                              R 3.1.1
+#     sft        the assistant's tokens of dialogs, with Muon                                   R 3.1
+#     rl         rewards of a gym and of the model as its own critic (section 5)                R 3.2
+
+FINAL_EVAL = 8  # the last validation of pretraining reads so many times more tokens than those on the way
+
+
+def learner(job, model, **settings):
+    """The optimizer of a stage; the model's blocks are compiled where that pays."""
+    model.recompute = job.run.recompute
+    opt = job.ranks.optimizer(model, weight_decay=job.run.weight_decay, momentum=job.run.momentum, **settings)
+    compile_blocks(model, job)
+    return opt
+
+
+def recalled(rows, name):
+    """{name of a model: share of the facts it recalled at the end of its stage}, {} where none were asked."""
+    return {name: rows[-1]["recall"]["all"]} if "recall" in rows[-1] else {}
 
 
 def pretrain(job):
@@ -6622,22 +6670,14 @@ def pretrain(job):
 
     progress, rows = fit("pretrain", job, model, twin, opt, course, batch_of, evaluate,
                          lambda step: wsd(step, run))
-    facts = {"pretrain": {
+    facts = {"recall": recalled(rows, "base"), "pretrain": {
         "tokens": progress.tokens, "val_bpb": rows[-1]["val_bpb"], "max_logit": progress.max_logit,
         "clipped_heads": progress.ever_clipped.float().mean().item()}}
     if measured := long_contexts(rows):
         factors = [f"{length // run.seq_len}x" for length in measured[-1]["lengths"]]
         facts |= {"long_context": dict(zip(factors, measured[-1]["bpb"])),
                   "needle": dict(zip(factors, measured[-1]["needle"]))}
-    return progress.seconds, {**facts, "recall": recalled(rows, "base")}
-
-
-def learner(job, model, **settings):
-    """The optimizer of a stage; the model's blocks are compiled where that pays."""
-    model.recompute = job.run.recompute
-    opt = job.ranks.optimizer(model, weight_decay=job.run.weight_decay, momentum=job.run.momentum, **settings)
-    compile_blocks(model, job)
-    return opt
+    return progress.seconds, facts
 
 
 def model_before(job, stage, before):
@@ -6656,11 +6696,6 @@ def what_it_knows(model, job, facts_too):
     if row and facts_too and (world := training_world(job.out)):
         row["recall"] = recall(model, job.tok, world[:: max(1, len(world) // 40)])
     return row
-
-
-def recalled(rows, name):
-    """{name of a model: share of the facts it recalled at the end of its stage}, {} where none were asked."""
-    return {name: rows[-1]["recall"]["all"]} if "recall" in rows[-1] else {}
 
 
 def tools(job):
@@ -6742,9 +6777,9 @@ def examine(job, model, step, critic, examiner, pairs, unchecked):
         drawn = gym_hits(examiner, n, run.rl_temperature) if first or last else None
         right, bias = accuracy(critic, pairs) if pairs else (0.5, 0.5)
         style, _ = accuracy(critic, unchecked)
-    row = {"gym": {domain: sum(found) / len(found) for domain, found in hits.items()}}
-    row |= {"critic": right, "critic_style": style, "critic_bias": bias - 0.5}
-    row |= what_it_knows(model, job, facts_too=last)
+    row = {"gym": {domain: mean(found) for domain, found in hits.items()},
+           "critic": right, "critic_style": style, "critic_bias": bias - 0.5,
+           **what_it_knows(model, job, facts_too=last)}
     if first or last:
         row |= {"hits": hits, "hits_drawn": drawn}
     if last:
@@ -6800,9 +6835,14 @@ def rl(job):
 # ==================================================================================================
 # 8  Evaluation and report
 # ==================================================================================================
+# What a run can show for the claims of the report: bits per byte, facts recalled (R 2.2), reading far back
+# (R 2.5), tasks done with tools (R 3.1), requests of the gym answered right (R 3.2). Steps and measurements
+# are lines of metrics.jsonl, which the figures show; report.json and report.md hold what the stages gave.
 
 
-FINAL_EVAL = 8  # the last validation reads so many times more tokens than those on the way
+def held_out(job):
+    """{domain: ids of its validation text}."""
+    return {domain: job.data.ids[domain, split] for domain, split in sorted(job.data.ids) if split == "val"}
 
 
 @torch.no_grad()
@@ -6826,11 +6866,6 @@ def bits_per_byte(model, job, n_tokens):
     return result
 
 
-def held_out(job):
-    """{domain: ids of its validation text}."""
-    return {domain: job.data.ids[domain, split] for domain, split in sorted(job.data.ids) if split == "val"}
-
-
 @torch.no_grad()
 def recall(model, tok, entities, batch=96):
     """Share of facts that greedy completion gets exactly right, {"all", "probes", "by_fact"} (R 2.2).
@@ -6847,8 +6882,53 @@ def recall(model, tok, entities, batch=96):
             hits.append(bool(re.match(re.escape(answer.removeprefix("the ")) + r"(?!\w)", text)))
             by_fact[f"{kind}.{fact}"].append(hits[-1])
     n = len(PROBES)
-    return {"all": sum(hits) / len(hits), "probes": [sum(hits[i::n]) * n / len(hits) for i in range(n)],
-            "by_fact": {key: sum(values) / len(values) for key, values in by_fact.items()}}
+    return {"all": mean(hits), "probes": [mean(hits[i::n]) for i in range(n)],
+            "by_fact": {key: mean(values) for key, values in by_fact.items()}}
+
+
+@torch.no_grad()
+def candidate_scores(model, prompt, candidates):
+    """Log-probability of each continuation (a list of ids) of a prompt, (n,); the prompt is read once."""
+    device, n = model.lm_head.weight.device, len(candidates)
+    block = pad_sequence([torch.tensor(ids) for ids in candidates], True).to(device)  # (n, width)
+    said = torch.arange(block.shape[1]) < torch.tensor([[len(ids)] for ids in candidates])
+    cache = LatentCache(model.cfg, 1, device=device, dtype=autocast_dtype(model.lm_head.weight))
+    first, _ = model(torch.tensor([prompt], device=device), cache=cache)
+    rest, _ = model(block, cache=cache.select([0] * n))
+    logits = torch.cat((first[:, -1:].expand(n, -1, -1), rest[:, :-1]), dim=1).float()  # (n, width, V)
+    scores = -F.cross_entropy(logits.transpose(1, 2), block, reduction="none")
+    return (scores * said.to(device)).sum(1)
+
+
+def needle_accuracy(model, job, length, n, rng):
+    """Share of n needles found in texts of `length` tokens. A needle is a sentence on an invented person's
+    home, put somewhere into validation text; at the end it begins again, and the home must be likelier, by
+    log-probability, than nine other invented names. Chance: a tenth."""
+    tok, hits, hay = job.tok, 0, np.concatenate(list(held_out(job).values()))
+    for _ in range(n):
+        seen = set()
+        who, homes = new_name(rng, seen, "@ @"), [new_name(rng, seen) for _ in range(10)]
+        candidates = [tok.encode(f" {home}.") for home in homes]
+        query = tok.encode(f"\n\nThe later home of {who} was")
+        needle = query + candidates[0] + tok.encode("\n\n")
+        room = max(0, length - len(needle) - len(query) - max(map(len, candidates)))
+        start, at = rng.randrange(max(1, len(hay) - room)), rng.randrange(room + 1)
+        text = np.resize(hay[start : start + room], room).tolist()
+        prompt = text[:at] + needle + text[at:] + query
+        with job.autocast():
+            hits += int(candidate_scores(model, prompt, candidates).argmax()) == 0
+    return hits / n
+
+
+def long_documents(job, length, most):
+    """The first length + 1 ids of at most `most` validation documents that have so many."""
+    rows, bos = [], job.tok.special["[BOS]"]
+    for ids in held_out(job).values():
+        ids = np.asarray(ids).astype(np.int64)
+        starts = np.append(np.flatnonzero(ids == bos), len(ids))
+        rows += [torch.from_numpy(ids[start : start + length + 1]) for start, end in zip(starts, starts[1:])
+                 if end - start > length]
+    return rows[:: max(1, len(rows) // most)][:most]
 
 
 @torch.no_grad()
@@ -6885,54 +6965,8 @@ def long_context(model, job, most=4):
     return result
 
 
-def long_documents(job, length, most):
-    """The first length + 1 ids of at most `most` validation documents that have so many."""
-    rows, bos = [], job.tok.special["[BOS]"]
-    for ids in held_out(job).values():
-        ids = np.asarray(ids).astype(np.int64)
-        starts = np.append(np.flatnonzero(ids == bos), len(ids))
-        rows += [torch.from_numpy(ids[start : start + length + 1]) for start, end in zip(starts, starts[1:])
-                 if end - start > length]
-    return rows[:: max(1, len(rows) // most)][:most]
-
-
-def needle_accuracy(model, job, length, n, rng):
-    """Share of n needles found in texts of `length` tokens. A needle is a sentence on an invented person's
-    home, put somewhere into validation text; at the end it begins again, and the home must be likelier, by
-    log-probability, than nine other invented names. Chance: a tenth."""
-    tok, hits, hay = job.tok, 0, np.concatenate(list(held_out(job).values()))
-    for _ in range(n):
-        seen = set()
-        who, homes = new_name(rng, seen, "@ @"), [new_name(rng, seen) for _ in range(10)]
-        candidates = [tok.encode(f" {home}.") for home in homes]
-        query = tok.encode(f"\n\nThe later home of {who} was")
-        needle = query + candidates[0] + tok.encode("\n\n")
-        room = max(0, length - len(needle) - len(query) - max(map(len, candidates)))
-        start, at = rng.randrange(max(1, len(hay) - room)), rng.randrange(room + 1)
-        text = np.resize(hay[start : start + room], room).tolist()
-        prompt = text[:at] + needle + text[at:] + query
-        with job.autocast():
-            hits += int(candidate_scores(model, prompt, candidates).argmax()) == 0
-    return hits / n
-
-
-@torch.no_grad()
-def candidate_scores(model, prompt, candidates):
-    """Log-probability of each continuation (a list of ids) of a prompt, (n,); the prompt is read once."""
-    device, n = model.lm_head.weight.device, len(candidates)
-    block = pad_sequence([torch.tensor(ids) for ids in candidates], True).to(device)  # (n, width)
-    said = torch.arange(block.shape[1]) < torch.tensor([[len(ids)] for ids in candidates])
-    cache = LatentCache(model.cfg, 1, device=device, dtype=autocast_dtype(model.lm_head.weight))
-    first, _ = model(torch.tensor([prompt], device=device), cache=cache)
-    rest, _ = model(block, cache=cache.select([0] * n))
-    logits = torch.cat((first[:, -1:].expand(n, -1, -1), rest[:, :-1]), dim=1).float()  # (n, width, V)
-    scores = -F.cross_entropy(logits.transpose(1, 2), block, reduction="none")
-    return (scores * said.to(device)).sum(1)
-
-
 SUCCESS = {  # class in the report: kind of task, split of its tools
-    "single": ("single", "seen"), "multi": ("multi", "seen"), "parallel": ("parallel", "seen"),
-    "none": ("none", "seen"), "missing": ("missing", "seen"), "failing": ("failing", "seen"),
+    **{kind: (kind, "seen") for kind in ("single", "multi", "parallel", "none", "missing", "failing")},
     "new_tool": ("single", "new"), "new_domain": ("single", "new_domain"),
 }
 
@@ -6963,7 +6997,7 @@ def tool_success(model, job, n, classes=tuple(SUCCESS)):
         rollouts = [engine.begin({"domain": "tools"}, [task], [i], 0.0)[0] for i, task in enumerate(tasks)]
         with job.autocast():
             engine.play(rollouts)
-        success[name] = sum(rollout.reward for rollout in rollouts) / n
+        success[name] = mean(rollout.reward for rollout in rollouts)
         if not transcript:
             transcript, first = readable(tasks[0].episode.messages), rollouts[0]
             if first.truncated:  # what it was about to say
@@ -7008,25 +7042,13 @@ def rl_facts(rows):
     facts["gain_drawn"] = paired_gain(first["hits_drawn"], last["hits_drawn"])
     facts["gain_by_domain"] = {name: paired_gain({name: found}, {name: last["hits"][name]})
                                for name, found in first["hits"].items()}
-    for when, part in (("first", trained[:tenth]), ("last", trained[-tenth:])):
-        facts[f"reward_{when}"] = sum(row["reward"] for row in part) / len(part)
-    for when, row in (("first", first), ("last", last)):
-        facts |= {f"critic_{when}": row["critic"], f"critic_style_{when}": row["critic_style"],
-                  f"position_bias_{when}": row["critic_bias"]}
+    for when, row, part in (("first", first, trained[:tenth]), ("last", last, trained[-tenth:])):
+        facts |= {f"reward_{when}": mean(each["reward"] for each in part), f"critic_{when}": row["critic"],
+                  f"critic_style_{when}": row["critic_style"], f"position_bias_{when}": row["critic_bias"]}
     if "val_bpb" in first:
-        for when, row in (("before", first), ("after", last)):
-            facts[f"val_bpb_{when}"] = sum(row["val_bpb"].values()) / len(row["val_bpb"])
+        facts |= {"val_bpb_before": mean(first["val_bpb"].values()),
+                  "val_bpb_after": mean(last["val_bpb"].values())}
     return facts
-
-
-def training_world(out):
-    """Entities of the invented world whose articles the run in a folder trains on; [] for own data."""
-    path = Path(out) / "data" / "knowledge.jsonl"
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [entity for doc in map(json.loads, file) if doc["split"] == "train" and "style" not in doc
-                for entity in read_articles(doc["text"])]
 
 
 def sample_text(model, job, step, n_tokens=48):
@@ -7039,6 +7061,8 @@ def sample_text(model, job, step, n_tokens=48):
         ids = model.generate(prompt, n_tokens, 0.6, stop=job.tok.special["[EOS]"], generator=generator)[0]
     return f"{domain}: {job.tok.decode(ids[1:24])} >>> {job.tok.decode(ids[24:])}"
 
+
+# --- figures ---
 
 def figure(out, name, *panels, heights=(1,), width=6.4, below=True):
     """figures/NAME.png of panels (title, xlabel, ylabel, draw(axes)): below one another with one x axis, or
@@ -7065,19 +7089,14 @@ def curve(axes, rows, key, name=None, scale=1, **how):
         axes.plot(*zip(*points), **{"lw": 0.9, "label": name, **how})
 
 
-def plot_run(out, stage):
-    """figures/*.png of a stage from metrics.jsonl, as far as it goes."""
-    rows = [row for row in read_metrics(out) if row["stage"] == stage]
-    (out / "figures").mkdir(exist_ok=True)
-    if any("loss" in row for row in rows):
-        {"pretrain": plot_pretraining, "sft": plot_tuning, "rl": plot_rl}[stage](out, rows)
-    if measured := [row["long_context"] for row in rows if row.get("long_context")]:
-        plot_long_context(out, measured)
+def long_contexts(rows):
+    """What `long_context` measured before and after YaRN, where there were documents of such length."""
+    return [row["long_context"] for row in rows if row.get("long_context", {}).get("bpb")]
 
 
 def plot_pretraining(out, rows):
     """Loss and validation, the largest logit, expert load."""
-    tau = json.loads((out / "config.json").read_text(encoding="utf-8"))["run"]["tau"]
+    tau = read_json(out / "config.json")["run"]["tau"]
     trained, step = [row for row in rows if "loss" in row], "optimizer step"
 
     def loss(axes):
@@ -7176,10 +7195,105 @@ def plot_rl(out, rows):
            ("Budget", "iteration", "", length), width=13, below=False)
 
 
+def plot_run(out, stage):
+    """figures/*.png of a stage from metrics.jsonl, as far as it goes."""
+    rows = [row for row in read_metrics(out) if row["stage"] == stage]
+    (out / "figures").mkdir(exist_ok=True)
+    if any("loss" in row for row in rows):
+        {"pretrain": plot_pretraining, "sft": plot_tuning, "rl": plot_rl}[stage](out, rows)
+    if measured := [row["long_context"] for row in rows if row.get("long_context")]:
+        plot_long_context(out, measured)
+
+
+# --- report.json and report.md ---
+
 def read_report(out):
     """report.json as it is so far: a stage that is in its "seconds" is finished."""
     path = out / "report.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
+
+
+CLAIMS = (  # the figures that a row needs, what the report says and where, what this run measured
+    ("curve", "no loss spike in the unsmoothed curve (R 2.5, Fig. 3)",
+     "largest rise from one step to the next within a phase {curve[rise]:.3f} nats"),
+    ("pretrain", "QK-Clip keeps logits near tau (R 2.1, Fig. 2)",
+     "largest S_max {pretrain[max_logit]:.2f} with tau {run.tau:g}"),
+    ("pretrain", "12.7 % of heads were ever clipped (R App. D)", "{pretrain[clipped_heads]:.1%} of heads"),
+    ("curve", "the bias balances experts (V3 2.1.2)",
+     "busiest expert / mean: {curve[early]:.2f} at first, {curve[late]:.2f} at last"),
+    ("pretrain", "a corpus is rephrased at most twice, and its fidelity checked (R 2.2)",
+     "{rephrase[accepted]:,} rephrasings kept, {rephrase[rejected]:,} rejected: data/card.md"),
+    ("recalled", "knowledge is learned from rephrasings (R 2.2)",
+     "of the invented world's facts recalled, in words never seen: {recalled}"),
+    ("yarn", "YaRN extends 32 k to 128 k tokens (R 2.5)",
+     "{yarn[tokens]:,} tokens: {yarn[before]:.3f} bits per byte before, {yarn[after]:.3f} after"),
+    ("tools", "3,000 real and 20,000 synthetic tools; a judge keeps what meets the rubric (R 3.1.1)",
+     "{tools[specs]:,} evolved tools, {tools[trajectories]:,} dialogs, {tools[accepted]:,} kept: "
+     "data/tools_card.md"),
+    ("sft", "fine-tuning on such dialogs teaches the use of tools (R 3.1)",
+     "one call of a known tool {success[base][single]:.0%} before, {success[sft][single]:.0%} after; "
+     "of a new tool {success[sft][new_tool]:.0%}"),
+    ("rl", "RL on verifiable rewards improves the model (R 3.2.1): held-out requests, greedy",
+     "{rl[gain][mean]:+.1%} over the domains (95 %: {rl[gain][low]:+.1%} to "
+     "{rl[gain][high]:+.1%}); {greedy}"),
+    ("rl", "RL on verifiable rewards improves the model (R 3.2.1): held-out requests, drawn at the first "
+     "temperature", "{rl[gain_drawn][mean]:+.1%} over the domains (95 %: {rl[gain_drawn][low]:+.1%} to "
+     "{rl[gain_drawn][high]:+.1%}); {drawn}"),
+    ("rl", "rollouts earn more as it goes (R 3.2)",
+     "mean reward {rl[reward_first]:.2f} at first, {rl[reward_last]:.2f} at last"),
+    ("rl", "on-policy rollouts keep the critic right (R 3.2.2)",
+     "pairs told apart {rl[critic_first]:.0%} before, {rl[critic_last]:.0%} after; flattery and length "
+     "{rl[critic_style_first]:.0%} before, {rl[critic_style_last]:.0%} after"),
+    ("ptx", "PTX loss keeps what was known (R 3.2.3)",
+     "bits per byte {ptx[val_bpb_before]:.3f} before, {ptx[val_bpb_after]:.3f} after"),
+)
+
+
+def claims(job, facts, rows):
+    """[(what the report says and where, what this run measured)], as far as the run has come; `rows` are
+    those of pretraining in the log."""
+    known = {**facts, "run": job.run}
+    if "pretrain" in facts:
+        trained = [row for row in rows if "loss" in row]
+        rises = [b["loss"] - a["loss"] for a, b in zip(trained, trained[1:]) if a["phase"] == b["phase"]]
+        loads = [max(row["expert_load_max"], default=0.0) for row in trained if row["phase"] == "pretrain"]
+        tenth = max(1, len(loads) // 10)
+        known["curve"] = {"rise": max(rises, default=0.0), "early": mean(loads[:tenth]),
+                          "late": mean(loads[-tenth:])}
+    if facts.get("recall"):
+        known["recalled"] = ", ".join(f"{share:.1%} ({name})" for name, share in facts["recall"].items())
+    if len(measured := long_contexts(rows)) == 2:
+        before, after = (figures["bpb"][-1] for figures in measured)
+        known["yarn"] = {"tokens": measured[1]["lengths"][-1], "before": before, "after": after}
+    if found := facts.get("rl"):
+        known |= {how: ", ".join(f"{name} {shares['sft' + key]:.0%} to {shares['rl' + key]:.0%}"
+                                 for name, shares in found["domains"].items())
+                  for how, key in (("greedy", ""), ("drawn", "_drawn"))}
+        known |= {"ptx": found} if "val_bpb_after" in found else {}
+    return [(claim, measured.format(**known)) for needed, claim, measured in CLAIMS if needed in known]
+
+
+def success_table(job, facts):
+    """Lines of a table: held-out tasks with tools that were done, by class and model, and one dialog."""
+    if not (success := facts.get("success")):
+        return []
+    return [*table(("held-out tasks with tools", *success), (
+                (name, *(f"{shares[name]:.1%}" for shares in success.values())) for name in SUCCESS)),
+            f"{job.run.tool_tasks} tasks a class, judged on state and answer. A dialog, as it came:", "",
+            *(f"> {line}  " for line in facts["transcript"]), ""]
+
+
+def long_context_table(job, measured):
+    """Lines of a table: bits per byte and needles by length, before and after YaRN."""
+    if not measured:
+        return []
+    heads, rows = ["tokens"], [[f"{n // job.run.seq_len}x, {n:,}"] for n in measured[0]["lengths"]]
+    for found in measured:
+        heads += [f"bits per byte {found['when']}", f"needles {found['when']}"]
+        for row, bpb, share in itertools.zip_longest(rows, found["bpb"], found["needle"]):
+            row += [f"{bpb:.3f}", "-" if share is None else f"{share:.0%}"]
+    return [*table(heads, rows), "Bits per byte over the last quarter of windows of the same validation "
+            f"documents; {job.run.needles} needles a length, each among nine distractors (chance: 10 %).", ""]
 
 
 def write_report(job, stage, seconds, facts):
@@ -7208,112 +7322,11 @@ def write_report(job, stage, seconds, facts):
                        ((fact, f"{share:.0%}") for fact, share in rows[-1]["recall"]["by_fact"].items()))
     lines += [
         *(f"![{path.stem}](figures/{path.name})" for path in sorted((job.out / "figures").glob("*.png"))), "",
-        "Rerun: `python train.py --out NEW_FOLDER` with the settings of config.json.", "",
-    ]
-    with atomic(job.out / "report.md") as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+        "Rerun: `python train.py --out NEW_FOLDER` with the settings of config.json."]
+    write_lines(job.out / "report.md", lines)
 
 
-def table(head, rows):
-    """Lines of a table in Markdown, and an empty one."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
-
-
-def long_contexts(rows):
-    """What `long_context` measured before and after YaRN, where there were documents of such length."""
-    return [row["long_context"] for row in rows if row.get("long_context", {}).get("bpb")]
-
-
-def claims(job, facts, rows):
-    """[(what the report says and where, what this run measured)]."""
-    table = []
-    if p := facts.get("pretrain"):
-        trained = [row for row in rows if "loss" in row]
-        same = [(a, b) for a, b in zip(trained, trained[1:]) if a["phase"] == b["phase"]]
-        worst = max((b["loss"] - a["loss"] for a, b in same), default=0.0)
-        loads = [max(row["expert_load_max"], default=0.0) for row in trained if row["phase"] == "pretrain"]
-        tenth = max(1, len(loads) // 10)
-        late, early = sum(loads[-tenth:]) / tenth, sum(loads[:tenth]) / tenth
-        rephrased = facts["rephrase"]
-        table += [
-            ("no loss spike in the unsmoothed curve (R 2.5, Fig. 3)",
-             f"largest rise from one step to the next within a phase {worst:.3f} nats"),
-            ("QK-Clip keeps logits near tau (R 2.1, Fig. 2)",
-             f"largest S_max {p['max_logit']:.2f} with tau {job.run.tau:g}"),
-            ("12.7 % of heads were ever clipped (R App. D)", f"{p['clipped_heads']:.1%} of heads"),
-            ("the bias balances experts (V3 2.1.2)",
-             f"busiest expert / mean: {early:.2f} at first, {late:.2f} at last"),
-            ("a corpus is rephrased at most twice, and its fidelity checked (R 2.2)",
-             f"{rephrased['accepted']:,} rephrasings kept, {rephrased['rejected']:,} rejected: data/card.md"),
-        ]
-    if recalled := facts.get("recall"):
-        shares = ", ".join(f"{share:.1%} ({stage})" for stage, share in recalled.items())
-        table.append(("knowledge is learned from rephrasings (R 2.2)",
-                      f"of the invented world's facts recalled, in words never seen: {shares}"))
-    if len(measured := long_contexts(rows)) == 2:
-        before, after = (figures["bpb"][-1] for figures in measured)
-        table.append(("YaRN extends 32 k to 128 k tokens (R 2.5)",
-                      f"{measured[1]['lengths'][-1]:,} tokens: {before:.3f} bits per byte before, "
-                      f"{after:.3f} after"))
-    if made := facts.get("tools"):
-        table.append(("3,000 real and 20,000 synthetic tools; a judge keeps what meets the rubric (R 3.1.1)",
-                      f"{made['specs']:,} evolved tools, {made['trajectories']:,} dialogs, "
-                      f"{made['accepted']:,} kept: data/tools_card.md"))
-    if "sft" in facts.get("success", {}):
-        before, after = facts["success"]["base"], facts["success"]["sft"]
-        table.append(("fine-tuning on such dialogs teaches the use of tools (R 3.1)",
-                      f"one call of a known tool {before['single']:.0%} before, {after['single']:.0%} after; "
-                      f"of a new tool {after['new_tool']:.0%}"))
-    return table + rl_claims(facts)
-
-
-def rl_claims(facts):
-    """The rows of `claims` about reinforcement learning."""
-    if not (found := facts.get("rl")):
-        return []
-    table = [
-        (f"RL on verifiable rewards improves the model (R 3.2.1): held-out requests, {how}",
-         f"{gain['mean']:+.1%} over the domains (95 %: {gain['low']:+.1%} to {gain['high']:+.1%}); "
-         + ", ".join(f"{name} {row[f'sft{key}']:.0%} to {row[f'rl{key}']:.0%}"
-                     for name, row in found["domains"].items()))
-        for key, how, gain in (("", "greedy", found["gain"]),
-                               ("_drawn", "drawn at the first temperature", found["gain_drawn"]))]
-    table += [
-        ("rollouts earn more as it goes (R 3.2)",
-         f"mean reward {found['reward_first']:.2f} at first, {found['reward_last']:.2f} at last"),
-        ("on-policy rollouts keep the critic right (R 3.2.2)",
-         f"pairs told apart {found['critic_first']:.0%} before, {found['critic_last']:.0%} after; flattery "
-         f"and length {found['critic_style_first']:.0%} before, {found['critic_style_last']:.0%} after")]
-    if "val_bpb_after" in found:
-        before, after = found["val_bpb_before"], found["val_bpb_after"]
-        table.append(("PTX loss keeps what was known (R 3.2.3)",
-                      f"bits per byte {before:.3f} before, {after:.3f} after"))
-    return table
-
-
-def success_table(job, facts):
-    """Lines of a table: held-out tasks with tools that were done, by class and model, and one dialog."""
-    if not (success := facts.get("success")):
-        return []
-    return [*table(("held-out tasks with tools", *success), (
-                (name, *(f"{shares[name]:.1%}" for shares in success.values())) for name in SUCCESS)),
-            f"{job.run.tool_tasks} tasks a class, judged on state and answer. A dialog, as it came:", "",
-            *(f"> {line}  " for line in facts["transcript"]), ""]
-
-
-def long_context_table(job, measured):
-    """Lines of a table: bits per byte and needles by length, before and after YaRN."""
-    if not measured:
-        return []
-    heads, rows = ["tokens"], [[f"{n // job.run.seq_len}x, {n:,}"] for n in measured[0]["lengths"]]
-    for found in measured:
-        heads += [f"bits per byte {found['when']}", f"needles {found['when']}"]
-        for row, bpb, share in itertools.zip_longest(rows, found["bpb"], found["needle"]):
-            row += [f"{bpb:.3f}", "-" if share is None else f"{share:.0%}"]
-    return [*table(heads, rows), "Bits per byte over the last quarter of windows of the same validation "
-            f"documents; {job.run.needles} needles a length, each among nine distractors (chance: 10 %).", ""]
-
+# --- a run: its folder, and its stages one after the other ---
 
 def open_run(run_fields, model_fields, resume, stage=None):
     """(RunConfig, KimiConfig) of the folder, which is made, continued, or refused if it differs."""
@@ -7351,7 +7364,7 @@ def open_run(run_fields, model_fields, resume, stage=None):
 def read_config(path):
     """config.json of a run: its "run" and "model", the "stage" last asked for, "versions"."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         {**saved["run"], **saved["model"]}  # raises where one of them is missing or no object
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no run's configuration; choose another --out") from None
@@ -7369,40 +7382,6 @@ def refuse_changes(out, saved, run, cfg):
                         "continues it, another --out starts a new one")
 
 
-def train(run, cfg, ranks):
-    """The stage of a run that was asked for, or all of them, each continued where it stopped; a finished one
-    is not repeated."""
-    out, began = Path(run.out), time.perf_counter()
-    stage = read_config(out / "config.json").get("stage")
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    if run.base:
-        if stage not in ("tools", "sft", "rl"):
-            raise UserError("--base is for the stages tools, sft and rl: its model is not pretrained again")
-        cfg, data = KimiConfig.from_json(Path(run.base) / "config.json"), None
-        tok = Tokenizer.load(run.base)
-        (out / "data").mkdir(exist_ok=True)
-    else:
-        with ranks.one_by_one():
-            tok = prepare_data(run, cfg, out)
-        data = TokenFiles(out / "data", run.domain_weights, run.anneal_weights)
-    if tok.n_vocab < cfg.vocab_size:
-        print(
-            f"note: this text has only {tok.n_vocab} tokens to offer, fewer than vocab_size {cfg.vocab_size}"
-        )
-        cfg = dataclasses.replace(cfg, vocab_size=tok.n_vocab)
-    job = Job(run, cfg, out, ranks.device, tok, data, ranks)
-    if data:
-        about = json.loads((out / "data" / "index.json").read_text(encoding="utf-8"))
-        finish(job, "data", lambda job: (time.perf_counter() - began, {"rephrase": about["rephrase"]["all"]}))
-    works = {"rephrase": (), "pretrain": [pretrain], "tools": [tools], "sft": [tools, sft], "rl": [tools, rl]}
-    for work in works.get(stage, (pretrain, tools, sft, rl)):
-        finish(job, work.__name__, work)
-    card = {"rephrase": "data/card.md", "tools": "data/tools_card.md"}
-    print(f"done: {out / card.get(stage, 'report.md')}" + (
-        "" if stage in card else f"; talk to it: python sample.py {out} --chat"))
-
-
 def finish(job, stage, work):
     """Do a stage of a run, unless it is done, and report it. `work(job)` gives seconds and figures."""
     left = MODELS.get(stage, "data")
@@ -7412,6 +7391,39 @@ def finish(job, stage, work):
         if ranks.first:
             write_report(job, stage, *seconds_and_facts)
     ranks.wait()
+
+
+def train(run, cfg, ranks):
+    """The stage of a run that was asked for, or all of them, each continued where it stopped; a finished one
+    is not repeated."""
+    out, began = Path(run.out), time.perf_counter()
+    stage = read_config(out / "config.json").get("stage")
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    if run.base and stage not in ("tools", "sft", "rl"):
+        raise UserError("--base is for the stages tools, sft and rl: its model is not pretrained again")
+    if run.base:
+        cfg, data = KimiConfig.from_json(Path(run.base) / "config.json"), None
+        tok = Tokenizer.load(run.base)
+        (out / "data").mkdir(exist_ok=True)
+    else:
+        with ranks.one_by_one():
+            tok = prepare_data(run, cfg, out)
+        data = TokenFiles(out / "data", run.domain_weights, run.anneal_weights)
+    if tok.n_vocab < cfg.vocab_size:
+        print(f"note: this text has only {tok.n_vocab} tokens to offer, fewer than vocab_size "
+              f"{cfg.vocab_size}")
+        cfg = dataclasses.replace(cfg, vocab_size=tok.n_vocab)
+    job = Job(run, cfg, out, ranks.device, tok, data, ranks)
+    if data:
+        counts = read_json(out / "data" / "index.json")["rephrase"]["all"]
+        finish(job, "data", lambda job: (time.perf_counter() - began, {"rephrase": counts}))
+    works = {"rephrase": [], "pretrain": [pretrain], "tools": [tools], "sft": [tools, sft], "rl": [tools, rl]}
+    for work in works.get(stage, [pretrain, tools, sft, rl]):
+        finish(job, work.__name__, work)
+    cards = {"rephrase": "data/card.md", "tools": "data/tools_card.md"}
+    print(f"done: {out / cards[stage]}" if stage in cards else
+          f"done: {out / 'report.md'}; talk to it: python sample.py {out} --chat")
 
 
 def main(argv=None):
