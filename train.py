@@ -6575,13 +6575,9 @@ def local(p):
 # ==================================================================================================
 # 7  Stages (R 2.5, 3)
 # ==================================================================================================
-# A stage takes the model that the one before has left, makes its batches, says what is measured on the way
-# (section 8 measures), and lets `fit` of section 6 train. It gives (seconds, figures for report.json).
-#
-#     pretrain   next token: drills, the WSD schedule, annealing, long contexts, YaRN           R 2.5
-#     tools      dialogs with tools, made and filtered (section 4)                              R 3.1.1
-#     sft        the assistant's tokens of dialogs, with Muon                                   R 3.1
-#     rl         rewards of a gym and of the model as its own critic (section 5)                R 3.2
+# A stage takes the model that the one before has left, makes batches, says what is measured on the way (with
+# section 8) and lets `fit` of section 6 train: next tokens (R 2.5), then the assistant's part of dialogs with
+# tools (R 3.1), then rewards (R 3.2). It gives its seconds and its figures for report.json.
 
 FINAL_EVAL = 8  # the last validation of pretraining reads so many times more tokens than those on the way
 
