@@ -251,6 +251,24 @@ class UserError(Exception):
     """Something the user can mend; shown as one line, without a traceback."""
 
 
+def nearest(name, there):
+    """What a message about an unknown name ends with: the one that was probably meant."""
+    close = difflib.get_close_matches(name, there, n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def refuse_unknown(field, names, there):
+    """Raise where a field of the run names what there is not."""
+    for name in names:
+        if name not in there:
+            raise UserError(f"{field}: no {name}{nearest(name, there)} (there are: {', '.join(there)})")
+
+
+def first_line(error):
+    """The beginning of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Every mistake is one line on stderr; a misspelt flag gets the nearest name."""
 
@@ -258,8 +276,7 @@ class OneLineParser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         for word in (word.split("=")[0] for word in argv if word.startswith("--") and word != "--"):
             if word not in self._option_string_actions:
-                close = difflib.get_close_matches(word, self._option_string_actions, n=1)
-                self.error(f"unknown flag {word}" + (f", did you mean {close[0]}?" if close else ""))
+                self.error(f"unknown flag {word}{nearest(word, self._option_string_actions)}")
         return super().parse_args(argv, namespace)
 
     def error(self, message):
@@ -273,7 +290,8 @@ def comments_of(cls):
 
 def value_of(text, kind):
     """A flag's text as its field's type; `none` where the field may be None."""
-    (base, *none), word = typing.get_args(kind) or (kind,), text.lower()
+    base, *none = typing.get_args(kind) or (kind,)
+    word = text.lower()
     if none and word == "none":
         return None
     try:
@@ -282,14 +300,17 @@ def value_of(text, kind):
         if base is dict and text.startswith("{"):
             return json.loads(text)
         if base is dict:
-            return {key: float(number) for key, number in (pair.split("=") for pair in text.split(","))}
-        if base is int and "e" in word:  # 1e6, 1.5e3
-            if not float(text).is_integer():
+            pairs = (pair.split("=") for pair in text.split(","))
+            return {key: float(number) for key, number in pairs}
+        if base is int:
+            number = float(text) if "e" in word else int(text)  # 1e6, 1.5e3
+            if not abs(number) < 2**63 or number != int(number):
                 raise ValueError
-            return int(float(text))
+            return int(number)
         return base(text)
     except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no {base.__name__}") from None
+        name = "64-bit int" if base is int else base.__name__
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no {name}") from None
 
 
 def build_parser():
@@ -323,6 +344,10 @@ def parse_command(argv):
     return command, {**(FAST if command["fast"] else {}), **run}, given
 
 
+def not_negative(*values):
+    return all(isinstance(value, (int, float)) and 0 <= value <= sys.float_info.max for value in values)
+
+
 LIMITS = (  # fields of the run, what a value has to satisfy, and how that is said
     ("steps batch_size micro_batch seq_len eval_every eval_tokens save_every long_factor yarn_factor "
      "chunk_tokens endpoint_parallel tools trajectories sft_steps sft_len tool_tasks rl_steps rl_prompts "
@@ -330,9 +355,15 @@ LIMITS = (  # fields of the run, what a value has to satisfy, and how that is sa
      lambda value: value >= 1, "be at least 1"),
     ("rl_samples", lambda value: value >= 2, "be at least 2, to differ from their mean"),
     ("drill_steps anneal_steps long_steps yarn_steps rephrase_max needles endpoint_retries review warmup "
-     "rl_segment rl_penalty ptx_weight critic_weight seed rl_seed gpu_watts kwh_price",
-     lambda value: 0 <= value < math.inf, "not be negative"),
-    ("lr sft_lr rl_lr tau_rl rl_temperature rl_temperature_end grad_clip gpu_tflops gpu_gib gpu_tbps "
+     "rl_segment rl_penalty ptx_weight critic_weight weight_decay aux_alpha bias_update_rate gpu_watts "
+     "kwh_price", not_negative, "not be negative or infinite"),
+    ("rl_weights", lambda value: not_negative(*value.values()), "hold finite numbers, none negative"),
+    ("domain_weights anneal_weights sft_weights",
+     lambda value: not_negative(*value.values()) and any(value.values()),
+     "hold finite numbers, none negative and one at least positive"),
+    ("seed rl_seed", lambda value: 0 <= value < 2**63, "be at least 0 and below 2**63"),
+    ("momentum", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+    ("lr sft_lr rl_lr tau tau_rl rl_temperature rl_temperature_end grad_clip gpu_tflops gpu_gib gpu_tbps "
      "gpu_gbps gpu_hour gpu_price gpu_years serve_bytes mfu endpoint_rpm endpoint_timeout",
      lambda value: 0 < value < math.inf, "be positive and finite"),
     ("flaw_rate fault_rate decay lr_end", lambda value: 0 <= value <= 1, "be between 0 and 1"),
@@ -344,29 +375,18 @@ CHOICES = {"optimizer": ("muonclip", "muon", "adamw"), "device": ("auto", "cpu",
 
 
 def configure(run_fields, model_fields):
-    """RunConfig with the preset's defaults filled in, and the KimiConfig; bad values raise ValueError."""
+    """RunConfig with the preset's defaults filled in, and the KimiConfig; bad values raise an error."""
     run = RunConfig(**run_fields)
     cfg = KimiConfig.preset(run.preset, **model_fields)
     defaults = {key: value for key, value in RUN_DEFAULTS[run.preset].items() if getattr(run, key) is None}
     run = dataclasses.replace(run, **defaults)
+    run.drill_steps, run.recompute = run.drill_steps or 0, run.recompute or "off"
+    check(run)
     run.micro_batch = min(run.micro_batch or run.batch_size, run.batch_size)
     for name, share in (("anneal_steps", 0.4 / 15.5), ("long_steps", 0.06 / 15.5)):  # T tokens of 15.5
         if getattr(run, name) is None:
             setattr(run, name, max(20, round(run.steps * share)))
     run.yarn_steps = run.long_steps if run.yarn_steps is None else run.yarn_steps
-    run.drill_steps, run.recompute = run.drill_steps or 0, run.recompute or "off"
-    for names, allowed, must in LIMITS:
-        for name in names.split():
-            if (value := getattr(run, name)) is not None and not allowed(value):
-                raise ValueError(f"{name} must {must}, got {value}")
-    for name, allowed in CHOICES.items():
-        if getattr(run, name) not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(run, name)!r}")
-    for what in ("rewriter", "judge", "agent"):
-        if bool(getattr(run, f"{what}_url")) != bool(getattr(run, f"{what}_model")):
-            raise ValueError(f"{what}_url and {what}_model belong together, one of them is missing")
-    if unknown := sorted(set(run.rl_weights or ()) - set(TASK_BUDGETS)):
-        raise ValueError(f"rl_weights: no domain {', '.join(unknown)}; there are: {', '.join(TASK_BUDGETS)}")
     if not 0 <= run.lr_anneal <= run.lr_end:
         raise ValueError(f"lr_anneal must be between 0 and lr_end {run.lr_end:g}, got {run.lr_anneal:g}")
     if run.batch_size % run.micro_batch:
@@ -374,19 +394,37 @@ def configure(run_fields, model_fields):
     return run, cfg
 
 
+def check(run):
+    """Raise where a value is out of its limits or no choice, a name unknown, half of a pair missing."""
+    for names, allowed, must in LIMITS:
+        for name in names.split():
+            if (value := getattr(run, name)) is not None and not allowed(value):
+                raise ValueError(f"{name} must {must}, got {value}")
+    for name, allowed in CHOICES.items():
+        if getattr(run, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(run, name)!r}")
+    refuse_unknown("rl_weights", run.rl_weights or (), TASK_BUDGETS)
+    refuse_unknown("sft_weights", run.sft_weights or (), (*SFT_WEIGHTS, "own"))
+    if not run.data:  # which domains own text has is known when it is read
+        check_domains(run, DOMAIN_WEIGHTS)
+    for what in ("rewriter", "judge", "agent"):
+        if bool(getattr(run, f"{what}_url")) != bool(getattr(run, f"{what}_model")):
+            raise ValueError(f"{what}_url and {what}_model belong together, one of them is missing")
+
+
+def check_domains(run, there):
+    """Refuse domains that are weighed or rephrased and are not there."""
+    refuse_unknown("domain_weights", run.domain_weights or (), there)
+    refuse_unknown("anneal_weights", run.anneal_weights or (), there)
+    usual = RunConfig.rephrase_domains.split(",")  # for the toy's corpora and own text alike
+    refuse_unknown("rephrase_domains", filter(None, run.rephrase_domains.split(",")),
+                   dict.fromkeys((*there, *usual)))
+
+
 # --- the plan: closed forms, nothing is allocated (R 2.4) ---
 # Our layout (section 6): fp32 weights, gradients and optimizer in shares; of a layer only its ep'th of the
 # experts and the rest of it are gathered, when it is computed. The report's: bf16 weights and fp32 gradients
 # over 16 pipeline stages x 16-way expert parallelism, the optimizer over the replicas of these 256 GPUs.
-
-
-def whole_layers(cfg, world, ep):
-    """Elements that a rank gathers: of a layer with experts, of a dense layer; its experts alone; lm_head."""
-    n, n_moe = count_parameters(cfg), max(1, cfg.num_hidden_layers - cfg.first_k_dense_replace)
-    every = (n.attention + n.norms) / cfg.num_hidden_layers
-    experts = experts_held(cfg, world, ep) * (world // ep) * n.routed_experts / cfg.n_routed_experts / n_moe
-    moe = every + experts + (n.shared_experts + n.router) / n_moe
-    return moe, every + 3 * cfg.hidden_size * cfg.intermediate_size, experts, n.embedding
 
 
 def experts_held(cfg, world, ep):
@@ -397,20 +435,27 @@ def experts_held(cfg, world, ep):
 def gpu_memory(run, cfg, world, ep, length):
     """Bytes by part that the fullest of `world` ranks needs for a step, its rows `length` tokens long."""
     n, C, K, H = count_parameters(cfg), cfg.hidden_size, cfg.num_experts_per_tok, cfg.num_attention_heads
-    n_moe, F = cfg.num_hidden_layers - cfg.first_k_dense_replace, cfg.moe_intermediate_size
+    n_dense, F = cfg.first_k_dense_replace, cfg.moe_intermediate_size
+    n_moe = cfg.num_hidden_layers - n_dense
     held = n_moe * experts_held(cfg, world, ep) * 3 * C * F + (n.total - n.routed_experts) / world
     states = {"weights": 4 * held, "gradients": 4 * held,
               "optimizer": 4 * held + 4 * (2 * n.embedding + n.norms) / world}
-    tokens, e = max(1, run.micro_batch * run.seq_len // length) * length, 4 if run.dtype == "fp32" else 2
+    # elements that are gathered of a block: its experts, all of it with experts, all of a dense one
+    experts = experts_held(cfg, world, ep) * (world // ep) * 3 * C * F
+    every = (n.attention + n.norms) / cfg.num_hidden_layers
+    moe = every + experts + (n.shared_experts + n.router) / max(1, n_moe)
+    dense = every + 3 * C * cfg.intermediate_size
+    wide = 4 if world > 1 else 0  # bytes of a gathered element, and of its copy in bf16
+    narrow = 0 if run.dtype == "fp32" else 2
+    # what a block with experts and a dense one take in their backward passes
+    tokens = max(1, run.micro_batch * run.seq_len // length) * length
+    e = 4 if run.dtype == "fp32" else 2
     D, v = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim
     stream = 4 * tokens * C  # what a block reads
     attention = 5 * stream + e * tokens * H * (4 * D + 3 * v)
     routed = e * tokens * (K * 5 * (C + F) + 3 * cfg.n_shared_experts * F)
-    moe, dense, experts, head = whole_layers(cfg, world, ep)
-    n_dense, many, bf16 = cfg.first_k_dense_replace, 4 * (world > 1), 2 * (run.dtype != "fp32")
-    # what a block with experts and a dense one take in their backward passes, bf16 copies of the weights too
-    block = [attention + routed + bf16 * moe,
-             attention + e * tokens * 6 * cfg.intermediate_size + bf16 * dense]
+    block = [attention + routed + narrow * moe,
+             attention + e * tokens * 6 * cfg.intermediate_size + narrow * dense]
     # what stays of that from the forward pass on: without recomputation about four fifths, as dry runs show
     latent = (cfg.q_lora_rank or 0) + cfg.kv_lora_rank + cfg.qk_rope_head_dim
     products = stream + e * tokens * (latent + H * v + C)
@@ -420,13 +465,16 @@ def gpu_memory(run, cfg, world, ep, length):
     anew = block if run.recompute == "blocks" else [size - held for size, held in zip(block, kept)]
     # Four moments compete: the backward passes of lm_head, of the last block with experts, of the last dense
     # one, of the embedding. Gathered are a block's weights and the next one's, and some of its gradients.
-    first, all_kept = dense if n_dense else 0, n_moe * kept[0] + n_dense * kept[1]
-    moments = [(many * head, all_kept + 8 * head), (many * (4 * head + first), stream)]
+    head = n.embedding
+    first = dense if n_dense else 0
+    all_kept = n_moe * kept[0] + n_dense * kept[1]
+    moments = [(wide * head, all_kept + 8 * head), (wide * (4 * head + first), stream)]
     if n_moe:
-        moments.append((many * (2 * head + 2 * moe + max(moe, first) - experts), all_kept + anew[0]))
+        moments.append((wide * (2 * head + 2 * moe + max(moe, first) - experts), all_kept + anew[0]))
     if n_dense:
-        moments.append((many * (2 * head + 3 * dense), n_dense * kept[1] + anew[1]))
-    return {**states, **dict(zip(("gathered", "activations"), max(moments, key=sum)))}
+        moments.append((wide * (2 * head + 3 * dense), n_dense * kept[1] + anew[1]))
+    gathered, activations = max(moments, key=sum)
+    return {**states, "gathered": gathered, "activations": activations}
 
 
 def gpu_traffic(run, cfg, world, ep):
@@ -435,7 +483,8 @@ def gpu_traffic(run, cfg, world, ep):
     experts = experts_held(cfg, world, ep) * (world // ep - 1) * n.routed_experts / cfg.n_routed_experts
     others = (n.total - n.routed_experts) * (1 - 1 / world)  # among all ranks
     again = n.embedding * (1 - 1 / world)  # lm_head stays for the backward pass
-    visits, e = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, 4 if run.dtype == "fp32" else 2
+    visits = run.micro_batch * run.seq_len * cfg.num_experts_per_tok
+    e = 4 if run.dtype == "fp32" else 2
     passes = 4 if run.recompute == "off" else 6  # there and back; forward, again, backward
     return {"weights": 4 * (2 * (experts + others) - again), "gradients": 4 * (experts + others),
             "tokens": passes * n_moe * e * visits * (cfg.hidden_size + 1) * (1 - 1 / ep)}
@@ -538,7 +587,7 @@ def plan_serving(run, cfg):
     left = room - rest - n.cache_bytes_per_token() * cfg.max_position_embeddings
     if not run.serve_gpus and left <= 0:
         raise UserError(f"serving: what each GPU holds and a user's cache exceed 90 % of {run.gpu_gib:g} GiB")
-    gpus = run.serve_gpus or 8 * math.ceil(experts / left / 8)
+    gpus = run.serve_gpus or 8 * max(1, math.ceil(experts / left / 8))
     weights = rest + experts / gpus
     yield line("serving", f"{gpus} GPUs, {run.serve_bytes:g} B a weight: {weights / GiB:,.2f} GiB of "
                f"{run.gpu_gib:g} on each; a user's cache is on one")
@@ -1222,7 +1271,7 @@ def own_documents(source, skipped):
     for path, name in own_files(source):
         if (kind := path.suffix.lower()) in (".txt", ".md"):
             try:
-                yield document(path.read_text(encoding="utf-8"), "own", f"own/{name}")
+                yield document(path.read_text(encoding="utf-8-sig"), "own", f"own/{name}")
             except UnicodeDecodeError as error:
                 skip(skipped, f"{path}: not UTF-8 at byte {error.start}, skipped")
         elif kind == ".jsonl":
@@ -1375,17 +1424,14 @@ class TokenFiles:
         self.ids, self.learned = (
             {key: np.memmap(folder / f"{'.'.join(key)}{kind}.bin", dtype, "r") for key in keys}
             for kind, dtype in (("", about["dtype"]), (".learned", np.uint8)))
-        self.weights = self.settle(weights, DOMAIN_WEIGHTS)
-        self.anneal_weights = self.settle(anneal_weights or weights, ANNEAL_WEIGHTS)
+        self.weights = self.settle("domain_weights", weights, DOMAIN_WEIGHTS)
+        self.anneal_weights = self.settle("anneal_weights", anneal_weights or weights, ANNEAL_WEIGHTS)
 
-    def settle(self, weights, defaults):
+    def settle(self, field, weights, defaults):
         """Weights of all domains: those given, else the toy's defaults where they fit, else alike."""
         train = [domain for domain, split in self.ids if split == "train"]
-        if unknown := sorted(set(weights or ()) - set(train)):
-            raise UserError(f"no domain {', '.join(unknown)} to weigh; there are: {', '.join(train)}")
+        refuse_unknown(field, weights or (), train)
         weights = weights or (defaults if set(defaults) & set(train) else dict.fromkeys(train, 1.0))
-        if sum(weights.get(domain, 0.0) for domain in train) <= 0:
-            raise UserError("domain_weights: at least one must be positive")
         return {domain: weights.get(domain, 0.0) for domain in train}
 
     def batch(self, seed, step, rows, seq_len, device="cpu", weights=None, mine=None):
@@ -4501,8 +4547,7 @@ class Dialogs:
                     self.dialogs.append((ids[: length + 1], mask[: length + 1]))
         if not by_source:
             raise UserError("sft: there is no dialog to train on")
-        if unknown := sorted(set(weights or ()) - set(by_source)):
-            raise UserError(f"sft_weights: no source {', '.join(unknown)}; there are: {', '.join(by_source)}")
+        refuse_unknown("sft_weights", weights or (), by_source)
         weights = weights or {name: SFT_WEIGHTS.get(name, 1.0) for name in by_source}
         self.rows = self.pack(by_source, weights, random.Random(f"pack {seed}"), n_rows)
 
@@ -4614,8 +4659,10 @@ def prepare_data(run, cfg, out):
     folder = out / "data"
     if (folder / "index.json").exists():
         return Tokenizer.load(out)
-    folder.mkdir(exist_ok=True)
     documents, skipped, twins = split_documents(run)
+    if run.data:
+        check_domains(run, dict.fromkeys(doc["domain"] for doc in documents))
+    folder.mkdir(exist_ok=True)
     documents += [] if run.data else [*tool_documents(run), *drill_documents(run)]
     tok = train_tokenizer(documents, cfg.vocab_size, wrapping(run))
     with atomic(out / "tiktoken.model") as temporary:
@@ -5544,7 +5591,7 @@ def choose_prompts(job, model, toolbox):
                     for prompt in prompts_of(domain, f"{run.seed} held out pair", run.rl_pool // 2)]
         pairs = [pair for group in play_prompts(controller, held_out, 4) if (pair := known_order(group))]
         write_json(path, {"pool": pool, "pairs": pairs})
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = read_json(path)
     return saved["pool"], [tuple(pair) for pair in saved["pairs"]]
 
 
@@ -5596,8 +5643,8 @@ class Phase:
     weights: dict = dataclasses.field(default_factory=dict)  # of the domains
     context: tuple | None = None  # what KimiK2.set_context gets: length, YaRN or None; none: as it is
     bias_update_rate: float = 0.0
-    before: dict | None = None  # weights from which it comes, and in how many steps
-    fade: int = 0
+    before: dict = dataclasses.field(default_factory=dict)  # weights from which it comes,
+    fade: int = 0  # and in how many steps
 
     def enter(self, model, opt):
         if self.context:
@@ -5607,7 +5654,7 @@ class Phase:
     def weights_at(self, step):
         """Weights of the domains at a step: they go evenly from those before to its own."""
         left = max(0.0, 1 - (step - self.start) / self.fade) if self.fade else 0.0
-        return {domain: (1 - left) * weight + left * (self.before or {}).get(domain, 0.0)
+        return {domain: (1 - left) * weight + left * self.before.get(domain, 0.0)
                 for domain, weight in self.weights.items()}
 
 
@@ -5750,9 +5797,9 @@ class Ranks:
         except RuntimeError as error:
             if not self.lost_one(error):
                 raise
-            what = str(error).strip().splitlines()[0][:200]
-            raise UserError(f"rank {self.rank} of {self.size} lost another ({what}); the same command goes "
-                            "on from the last checkpoint, with any number of processes") from error
+            raise UserError(f"rank {self.rank} of {self.size} lost another ({first_line(error)}); the same "
+                            "command goes on from the last checkpoint, with any number of processes"
+                            ) from error
         if self.many:
             dist.destroy_process_group()
 
@@ -5896,9 +5943,8 @@ class Ranks:
             folder.mkdir()
         self.wait()
         if not self.many:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "all.safetensors")
-            with open(folder / "all.safetensors", "rb+") as file:
-                os.fsync(file.fileno())
+            with atomic(folder / "all.safetensors") as temporary:
+                save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
             return
         import torch.distributed.checkpoint as dcp
 
@@ -6003,29 +6049,30 @@ class ShardedMuonClip(MuonClip):
 
     def _add_updates(self, params, group):
         super()._add_updates([p for p in params if p.ndim == 3 and len(p)], group)
-        params, ranks = sorted((p for p in params if p.ndim == 2), key=self.owner.get), range(self.ranks.size)
-        pairs = list(zip(params, self._updates(params, group)))
-        mine = [self.whole[p].shape for p, _ in pairs if self.owner[p] == self.ranks.rank]
-        # what goes to the owners, and what comes to me: rank 0's rows of each matrix of mine, rank 1's ...
-        there = [sum(p.numel() for p, _ in pairs if self.owner[p] == rank) for rank in ranks]
-        parts = [[(len(self.rows_of(n, rank)), m) for n, m in mine] for rank in ranks]
-        here = [sum(n * m for n, m in shapes) for shapes in parts]
-        sent = torch.cat([update.flatten() for _, update in pairs])
-        came = sent.new_empty(sum(here))
-        dist.all_to_all_single(came, sent, here, there)
-        shapes = [shape for of_rank in parts for shape in of_rank]
-        came = [part.view(shape) for part, shape in zip(came.split([n * m for n, m in shapes]), shapes)]
+        # a matrix's rows come together on the rank that owns it
+        params = sorted((p for p in params if p.ndim == 2), key=self.owner.get)
+        ranks = range(self.ranks.size)
+        there = [[p.shape for p in params if self.owner[p] == rank] for rank in ranks]
+        mine = [self.whole[p].shape for p in params if self.owner[p] == self.ranks.rank]
+        here = [[(len(self.rows_of(n, rank)), m) for n, m in mine] for rank in ranks]
+        came = self.exchange(self._updates(params, group), there, here)
         matrices = [torch.cat(came[i :: len(mine)]) for i in range(len(mine))]
         changes = [torch.zeros_like(matrix) for matrix in matrices]
         if matrices:
             super()._add_orthogonal(changes, matrices, group)
-        # and back
-        rows = [[self.rows_of(len(change), rank) for change in changes] for rank in ranks]
-        sent = [change[r.start : r.stop].flatten() for of_rank in rows for r, change in zip(of_rank, changes)]
-        came = params[0].new_empty(sum(there))
-        dist.all_to_all_single(came, torch.cat([came[:0], *sent]), there, here)
-        came = came.split([p.numel() for p, _ in pairs])
-        torch._foreach_add_([p for p, _ in pairs], [part.view_as(p) for part, (p, _) in zip(came, pairs)])
+        # and go back to where they were
+        parts = [change.split([len(self.rows_of(len(change), rank)) for rank in ranks]) for change in changes]
+        torch._foreach_add_(params, self.exchange(itertools.chain(*zip(*parts)), here, there))
+
+    def exchange(self, tensors, there, here):
+        """Sends tensors, there[r] are the shapes of those for rank r; returns what came, here[r] from rank r,
+        rank after rank."""
+        sizes = [[sum(map(math.prod, shapes)) for shapes in side] for side in (here, there)]
+        sent = torch.cat([torch.empty(0, device=self.ranks.device), *(t.flatten() for t in tensors)])
+        came = sent.new_empty(sum(sizes[0]))
+        dist.all_to_all_single(came, sent, *sizes)
+        shapes = list(itertools.chain(*here))
+        return [part.view(shape) for part, shape in zip(came.split(list(map(math.prod, shapes))), shapes)]
 
     def rows_of(self, n, rank):
         """Rows of a matrix of n that a rank has: FSDP gives all but the last ones equally many."""
@@ -6081,8 +6128,9 @@ class Progress:
 def pick_device(name):
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(kind for kind in found if found[kind]) if name == "auto" else name
-    if not found[name]:
-        raise UserError(f"--device {name}: this PyTorch finds no such device")
+    if not found.get(name):
+        there = ", ".join(kind for kind in found if found[kind])
+        raise UserError(f"--device {name}: PyTorch finds no such device here (there are: {there})")
     number = os.environ.get("LOCAL_RANK") if name == "cuda" else None  # torchrun's
     if number is not None:
         torch.cuda.set_device(int(number))
@@ -6103,7 +6151,7 @@ def compile_blocks(model, job):
     except Exception as error:  # no compiler, an operator it does not know: many kinds
         for block in model.model.layers:
             block._compiled_call_impl = None
-        print(f"note: torch.compile failed ({str(error).strip().splitlines()[0][:120]}), going on without")
+        print(f"note: torch.compile failed ({first_line(error)}), going on without")
     model.zero_grad()
     model.init_buffers()
 
@@ -6149,8 +6197,8 @@ class Checkpoints:
                 os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            kept = next(iter(self.paths()), "none")
-            raise UserError(f"could not save {path}: {error}; the last good checkpoint is {kept}") from None
+            good = next(iter(self.paths()), "none")
+            raise UserError(f"could not save {path}: {error}; the last good checkpoint is {good}") from None
         for old in self.paths()[2:] if self.ranks.first else ():  # the last two are kept
             shutil.rmtree(old)
 
@@ -6164,7 +6212,7 @@ class Checkpoints:
                 if self.ranks.lost_one(error):
                     raise
                 if self.ranks.first:
-                    print(f"{path} is damaged ({str(error).splitlines()[0][:100]}), trying the one before it",
+                    print(f"{path} is damaged ({first_line(error)}), trying the one before it",
                           file=sys.stderr)
         if paths:
             raise UserError(
@@ -6186,12 +6234,12 @@ class Checkpoints:
             elif part != "model":
                 others[name] = torch.empty(size, dtype=dtype, device=device)
         self.ranks.read(self.tensors(model, opt) | others, path)
-        clipped = others.pop("ever_clipped")
+        facts = saved["progress"]
+        facts |= {"max_logit": float(facts["max_logit"]), "ever_clipped": others.pop("ever_clipped")}
         if keep:
             tensors = {name.removeprefix("keep."): tensor for name, tensor in others.items()}
             keep.load_state_dict({"facts": saved["keep"], "tensors": tensors})
-        facts = {**saved["progress"], "max_logit": float(saved["progress"]["max_logit"])}
-        return Progress(**{**facts, "ever_clipped": clipped})
+        return Progress(**facts)
 
 
 def parameters(opt):
@@ -6202,8 +6250,7 @@ def parameters(opt):
 def cut_metrics(out, stage, step):
     """metrics.jsonl has a JSON object per step; those of a stage from a step on will come anew."""
     kept = [row for row in read_metrics(out) if row["stage"] != stage or row["step"] < step]
-    with atomic(out / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    write_lines(out / "metrics.jsonl", map(json.dumps, kept))
 
 
 def read_metrics(out):
@@ -6245,14 +6292,16 @@ def accumulate(model, job, batch, weight=1.0):
     The loss is divided by the number of targets of the whole batch, so that how it is cut into
     micro-batches, and these among ranks, does not matter. A micro-batch of longer sequences has fewer rows.
     """
-    run, (tokens, targets, *document) = job.run, batch
+    run = job.run
+    tokens, targets = batch[:2]
     rows = max(1, run.micro_batch * run.seq_len // tokens.shape[1])
     n_targets = job.ranks.sum((targets != -100).sum()).clamp(min=1)
     n_rows = job.ranks.sum(len(tokens))
     loss_sum = torch.zeros((), device=job.device)
-    for x, y, *d in zip(*(part.split(rows) for part in (tokens, targets, *document))) if len(tokens) else ():
+    pieces = zip(*(part.split(rows) for part in batch)) if len(tokens) else ()
+    for x, y, *documents in pieces:
         with job.autocast():
-            loss = model.loss(x, y, *d)
+            loss = model.loss(x, y, *documents)
         n_here = (y != -100).sum()
         share = len(x) / n_rows
         (weight * (loss * (n_here / n_targets) + run.aux_alpha * share * model.aux_loss)).backward()
@@ -6275,8 +6324,7 @@ def take_part(model, job, passes):
 
 def update(model, opt, job, loss, lr):
     """An optimizer step with the gradients that have accumulated. Returns the step's figures."""
-    limit = math.inf if job.run.grad_clip is None else job.run.grad_clip
-    grad_norm = job.ranks.clip_grad_norm(model, limit).item()
+    grad_norm = job.ranks.clip_grad_norm(model, job.run.grad_clip or math.inf).item()
     stop_if_broken(model, loss, grad_norm)
     for group in opt.param_groups:
         group["lr"] = lr
@@ -6326,7 +6374,7 @@ def fit(stage, job, model, twin, opt, course, batch_of, evaluate, lr_of, learn=t
     started = progress.step
     if ranks.first:
         cut_metrics(job.out, stage, started)
-    phase = next(phase for phase in course if started - 1 < phase.end)
+    phase = next(phase for phase in course if started <= phase.end)
     phase.enter(model.train(), opt)
     bar = tqdm(total=steps, initial=started, desc=stage, unit="step", disable=None if ranks.first else True)
     with bar, stop_on_signal(ranks) as asked:
@@ -6399,11 +6447,9 @@ class Alike(Ranks):
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
         super().__init__(torch.device("cpu"), ep)
-        self.names = {}
-        if self.many:
-            self.names = {self.mesh[name].get_group().group_name: f"{name} {self.mesh[name].size()}"
-                          for name in ("dp", "ep")}
-            self.names[self.flat.get_group().group_name] = f"all {world}"
+        self.names = {self.mesh[name].get_group().group_name: f"{name} {self.mesh[name].size()}"
+                      for name in ("dp", "ep")}
+        self.names[self.flat.get_group().group_name] = f"all {world}"
         self.names[dist.group.WORLD.group_name] = f"all {world}"
 
     def sum(self, x):
@@ -6494,9 +6540,11 @@ def dry_step(run, cfg):
     more. Routing is balanced; what depends on the device goes the CPU's way, but in bf16."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    ranks, run = Alike(run.world, run.ep), dataclasses.replace(run, dtype="bf16")
+    ranks = Alike(run.world, run.ep)
+    run = dataclasses.replace(run, dtype="bf16")
     job = Job(run, cfg, None, ranks.device, None, None, ranks)
-    visits, few = run.micro_batch * run.seq_len * cfg.num_experts_per_tok, min(2, micro_batches(run))
+    few = min(2, micro_batches(run))
+    visits = run.micro_batch * run.seq_len * cfg.num_experts_per_tok
     even = [visits * (rank + 1) // run.ep - visits * rank // run.ep for rank in range(run.ep)]
     try:
         with torch.device("meta"):
@@ -6538,13 +6586,15 @@ def dry_run(run, cfg):
         raise UserError(f"--dry_run needs --world N, a multiple of --ep {run.ep}")
     if run.dtype == "fp32":
         raise UserError("--dry_run computes in bf16: fake tensors know the experts' products in no other")
-    (ledger, held, model, few), GiB, many = dry_step(run, cfg), 2**30, micro_batches(run)
+    ledger, held, model, few = dry_step(run, cfg)
+    many, GiB = micro_batches(run), 2**30
     yield line("rank 0", f"of {run.world:,}, dp {run.world // run.ep} x ep {run.ep}; a step of {many:,} "
                f"micro-batches of {run.micro_batch} x {run.seq_len:,} tokens, bf16")
     yield ""
     shapes = collections.Counter()
     for name, p in model.named_parameters():
-        shapes[re.sub(r"layers\.\d+\.", "layers.N.", name), tuple(p.shape), tuple(local(p).shape)] += 1
+        here = p.to_local() if run.world > 1 else p
+        shapes[re.sub(r"layers\.\d+\.", "layers.N.", name), tuple(p.shape), tuple(here.shape)] += 1
     yield f"{'parameter':54s}{'layers':>6s}{'gathered':>20s}{'held':>20s}"
     for (name, whole, here), count in shapes.items():
         yield f"{name:54s}{count:6d}{whole!s:>20s}{here!s:>20s}"
@@ -6555,21 +6605,16 @@ def dry_run(run, cfg):
         yield line("  " + stage, over, kind, f"{n:,} x {times:,}", f"{size / count / 1e9:,.4f}",
                    f"{size / count * n * times / 1e9:,.3f}")
     yield ""
-    planned, here = gpu_memory(run, cfg, run.world, run.ep, run.seq_len), max(ledger.peaks.values())
+    planned = gpu_memory(run, cfg, run.world, run.ep, run.seq_len)
+    here, there = max(ledger.peaks.values()), sum(planned.values())
     yield line("GiB of rank 0", "here", "planned")
     for part, size in held.items():
         yield line("  " + part, f"{size / GiB:,.3f}", f"{planned[part] / GiB:,.3f}")
     yield line("  gathered, activations", f"{(here - sum(held.values())) / GiB:,.3f}",
                f"{(planned['gathered'] + planned['activations']) / GiB:,.3f}")
-    planned = sum(planned.values())
-    yield line("  all", f"{here / GiB:,.3f}", f"{planned / GiB:,.3f}", f"{planned / here - 1:+.1%}")
+    yield line("  all", f"{here / GiB:,.3f}", f"{there / GiB:,.3f}", f"{there / here - 1:+.1%}")
     yield line("  most in a pass", f"{ledger.peaks['passes'] / GiB:,.3f}")
     yield line("  most in the update", f"{ledger.peaks['update'] / GiB:,.3f}")
-
-
-def local(p):
-    """What this rank holds of a parameter."""
-    return p.to_local() if hasattr(p, "to_local") else p
 
 
 # ==================================================================================================
@@ -7279,41 +7324,57 @@ def write_report(job, stage, seconds, facts):
 
 # --- a run: its folder, and its stages one after the other ---
 
-def open_run(run_fields, model_fields, resume):
-    """(RunConfig, KimiConfig) of the folder, which is made, continued, or refused if it differs."""
-    out = Path(run_fields.get("out", RunConfig.out))
-    path = out / "config.json"
-    if not path.exists():
-        if resume:
-            raise UserError(f"--resume: there is no run in {out}")
-        if out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir())):
-            raise UserError(f"{out} exists and is not the folder of a run; choose another --out")
-        run, cfg = configure(run_fields, model_fields)
-        out.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                    "threads": run.threads or torch.get_num_threads(), "machine": platform.machine()}
-        write_json(path, {"model": dataclasses.asdict(cfg), "run": dataclasses.asdict(run),
-                          "versions": versions})
-        return run, cfg
+def read_config(path):
+    """config.json of a run: its "run" and "model", the "stage" last asked for, "versions"."""
     try:
         saved = read_json(path)
-        before = {**saved["run"], **saved["model"]}
+        {**saved["run"], **saved["model"]}  # raises where one of them is missing or no object
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no run's configuration; choose another --out") from None
-    if resume:
-        keep = {key: value for key, value in saved["run"].items() if key not in MACHINE_FIELDS}
-        known = {field.name for cls in (RunConfig, KimiConfig) for field in dataclasses.fields(cls)}
-        if strange := sorted(set(before) - known):
-            raise UserError(f"{path} is of a version with other settings ({', '.join(strange)}); choose "
-                            "another --out")
-        run_fields, model_fields = {**keep, **run_fields}, {**saved["model"], **model_fields}
-    run, cfg = configure(run_fields, model_fields)
+    return saved
+
+
+def refuse_changes(out, saved, run, cfg):
+    """What was made in a folder has the settings under which it was begun, or none would be true of it."""
+    before = {**saved["run"], **saved["model"]}
     now = {**dataclasses.asdict(run), **dataclasses.asdict(cfg)}
     changed = [key for key in now if key not in MACHINE_FIELDS and now[key] != before.get(key)]
     if changed:
         was = ", ".join(f"{key} {before.get(key)!r}, now {now[key]!r}" for key in changed[:4])
         raise UserError(f"{out} holds a run with other settings ({was}); --resume without flags "
                         "continues it, another --out starts a new one")
+
+
+def open_run(run_fields, model_fields, resume, stage=None):
+    """(RunConfig, KimiConfig) of the folder, which is made, continued, or refused if it differs."""
+    out = Path(run_fields.get("out", RunConfig.out))
+    path = out / "config.json"
+    saved = read_config(path) if path.exists() else None
+    made = [other for other in out.glob("*") if other != path and other.suffix != ".tmp"]
+    if not saved and (made or out.is_file()):
+        raise UserError(f"{out} exists and is not the folder of a run; choose another --out")
+    if resume:
+        if not saved:
+            raise UserError(f"--resume: there is no run in {out}")
+        known = {field.name for cls in (RunConfig, KimiConfig) for field in dataclasses.fields(cls)}
+        if strange := sorted({*saved["run"], *saved["model"]} - known):
+            raise UserError(f"{path} is of a version with other settings ({', '.join(strange)}); choose "
+                            "another --out")
+        keep = {key: value for key, value in saved["run"].items() if key not in MACHINE_FIELDS}
+        run_fields, model_fields = {**keep, **run_fields}, {**saved["model"], **model_fields}
+        stage = stage or saved.get("stage")
+    run, cfg = configure(run_fields, model_fields)
+    if saved and made:
+        refuse_changes(out, saved, run, cfg)
+        settings = {**saved, "stage": stage}
+    else:  # nothing was made under other settings
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                    "threads": run.threads or torch.get_num_threads(), "machine": platform.machine()}
+        settings = {"model": dataclasses.asdict(cfg), "run": dataclasses.asdict(run), "stage": stage,
+                    "versions": versions}
+    if settings != saved:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
     return run, cfg
 
 
@@ -7328,9 +7389,11 @@ def finish(job, stage, work):
     ranks.wait()
 
 
-def train(run, cfg, stage, ranks):
-    """One stage of a run, or all of them, each continued where it stopped; a finished one is not repeated."""
+def train(run, cfg, ranks):
+    """The stage of a run that was asked for, or all of them, each continued where it stopped; a finished one
+    is not repeated."""
     out, began = Path(run.out), time.perf_counter()
+    stage = read_config(out / "config.json").get("stage")
     if run.threads:
         torch.set_num_threads(run.threads)
     if run.base and stage not in ("tools", "sft", "rl"):
@@ -7361,7 +7424,7 @@ def train(run, cfg, stage, ranks):
 
 def main(argv=None):
     """The command line: plan, dry-run, or train; errors of the user are one line."""
-    command, run_fields, model_fields = parse_command(sys.argv[1:] if argv is None else argv)
+    command, run_fields, model_fields = parse_command(argv)
     try:
         for what, show in (("plan", plan), ("dry_run", dry_run)):
             if command[what]:
@@ -7369,8 +7432,8 @@ def main(argv=None):
         ranks = Ranks(pick_device(run_fields.get("device", "auto")), run_fields.get("ep", 1))
         with ranks.speaking():
             with ranks.one_by_one():
-                run, cfg = open_run(run_fields, model_fields, command["resume"])
-            train(run, cfg, command["stage"], ranks)
+                run, cfg = open_run(run_fields, model_fields, command["resume"], command["stage"])
+            train(run, cfg, ranks)
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; nothing was half-written, the same command goes on from here")
     except (UserError, ValueError, FileNotFoundError) as error:

@@ -195,5 +195,5 @@ def test_weights_of_the_annealing_are_honoured(whole):
     maths = set(data.ids["math", "train"].tolist())
     tokens, _ = data.batch(0, 3, 8, 64, weights=data.anneal_weights)
     assert set(tokens.flatten().tolist()) <= maths
-    with pytest.raises(train.UserError, match="no domain maths"):
+    with pytest.raises(train.UserError, match="anneal_weights: no maths"):
         train.TokenFiles(whole / "data", None, {"maths": 1.0})

@@ -97,6 +97,11 @@ def test_users_of_a_serving_unit(capsys):
     assert float(price) == pytest.approx(16 * 2 / 3600 / (16 * users / seconds) * 1e6, rel=1e-2)
 
 
+def test_a_model_without_experts_has_a_plan(capsys):
+    train.main(["--preset", "tiny", "--first_k_dense_replace", "4", "--plan"])
+    assert "serving                 8 GPUs" in capsys.readouterr().out
+
+
 def test_owning_against_renting(capsys):
     flags = ["--serve_gpus", "32", "--gpu_price", "35040", "--gpu_years", "2", "--gpu_hour", "4.1"]
     lines = planned(capsys, *flags)

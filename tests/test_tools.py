@@ -1352,7 +1352,7 @@ def test_no_dialog_is_seen_much_more_often_than_another(sources, tok):
 
 
 def test_dialogs_that_cannot_train(sources, tok):
-    with pytest.raises(UserError, match="sft_weights: no source tols; there are: tools, chat, knowledge"):
+    with pytest.raises(UserError, match=r"sft_weights: no tols, did you mean tools\? \(there are: tools"):
         train.Dialogs(sources, tok, {"tols": 1, "chat": 1}, 0, 4, 512)
     with pytest.raises(UserError, match="no dialog to train on"):
         train.Dialogs({"own": []}, tok, None, 0, 4, 512)

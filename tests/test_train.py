@@ -294,7 +294,7 @@ def test_batches_follow_weights_and_depend_on_seed_and_step_alone(finished):
     math_ids = np.asarray(data.ids["math", "train"]).tolist()
     row = a[0][0].tolist()
     assert any(math_ids[i : i + 64] == row for i in range(len(math_ids)))
-    with pytest.raises(train.UserError, match="no domain sports"):
+    with pytest.raises(train.UserError, match="domain_weights: no sports"):
         train.TokenFiles(finished / "data", {"sports": 1.0})
 
 
@@ -350,6 +350,11 @@ def test_own_files_of_other_systems_and_programs(tmp_path, capsys):
     assert "words words" in (out / "data" / "own.jsonl").read_text(encoding="utf-8")
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    run, _ = own_run(tmp_path, a__txt=b"\xef\xbb\xbfwords ", b__jsonl=b'\xef\xbb\xbf{"text": "lines"}\n')
+    assert [doc["text"] for doc in train.corpus(run, [])] == ["words ", "lines"]
+
+
 def test_one_file_is_cut_into_train_and_validation(tmp_path):
     lines = "".join(f"line {n}\n" for n in range(1000))
     run, _ = own_run(tmp_path, only__txt=lines.encode())
@@ -364,12 +369,33 @@ def test_one_file_is_cut_into_train_and_validation(tmp_path):
     [
         (["--lrr", "3"], r"unknown flag --lrr, did you mean --lr\?"),
         (["--preset", "tinny"], r"unknown preset 'tinny', did you mean 'tiny'\?"),
-        (["--steps", "many"], r"--steps: 'many' is no int"),
+        (["--steps", "many"], r"--steps: 'many' is no 64-bit int"),
         (["--steps", "0"], r"steps must be at least 1, got 0"),
-        (["--steps", "1e400"], r"--steps: '1e400' is no int"),
-        (["--steps", "2.5e0"], r"--steps: '2.5e0' is no int"),
+        (["--steps", "1e400"], r"--steps: '1e400' is no 64-bit int"),
+        (["--steps", "2.5e0"], r"--steps: '2.5e0' is no 64-bit int"),
+        (["--steps", "9" * 5000], r"--steps: '9{40}' is no 64-bit int"),
+        (["--hidden_size", "1e300"], r"--hidden_size: '1e300' is no 64-bit int"),
+        (["--lr", "9" * 5000], r"lr must be positive and finite, got inf"),
+        (["--domain_weights", '{"web": ' + "9" * 400 + "}"], r"domain_weights must hold finite numbers"),
         (["--threads", "-1"], r"threads must be at least 1, got -1"),
-        (["--seed", "-1"], r"seed must not be negative, got -1"),
+        (["--seed", "-1"], r"seed must be at least 0 and below 2\*\*63, got -1"),
+        (["--rl_seed", "9223372036854775808"], r"--rl_seed: '9223372036854775808' is no 64-bit int"),
+        (["--momentum", "1"], r"momentum must be at least 0 and below 1, got 1.0"),
+        (["--weight_decay", "-1"], r"weight_decay must not be negative or infinite, got -1.0"),
+        (["--aux_alpha", "nan"], r"aux_alpha must not be negative or infinite, got nan"),
+        (["--bias_update_rate", "-1"], r"bias_update_rate must not be negative or infinite, got -1.0"),
+        (["--tau", "0"], r"tau must be positive and finite, got 0.0"),
+        (["--micro_batch", "0"], r"micro_batch must be at least 1, got 0"),
+        (["--domain_weights", "web=-1,code=2"], r"domain_weights must hold finite numbers, none neg"),
+        (["--sft_weights", "tools=nan"], r"sft_weights must hold finite numbers, none negative"),
+        (["--rl_weights", '{"math": "1"}'], r"rl_weights must hold finite numbers, none negative, got"),
+        (["--anneal_weights", "web=0"], r"anneal_weights must hold .* one at least positive, got"),
+        (["--domain_weights", "wbe=1"], r"domain_weights: no wbe, did you mean web\? \(there are: web, code"),
+        (["--sft_weights", "tols=1"], r"sft_weights: no tols, did you mean tools\?"),
+        (["--rl_weights", "maths=1"], r"rl_weights: no maths, did you mean math\?"),
+        (["--rephrase_domains", "knowlege"], r"rephrase_domains: no knowlege, did you mean knowledge\?"),
+        (["--data", str(ROOT / "README.md"), "--domain_weights", "web=1"], r"no web \(there are: own\)"),
+        (["--device", "gpu"], r"--device gpu: PyTorch finds no such device here"),
         (["--lr", "inf"], r"lr must be positive and finite, got inf"),
         (["--grad_clip", "-1"], r"grad_clip must be positive and finite"),
         (["--plan", "--mfu", "0"], r"mfu must be positive and finite, got 0"),
@@ -393,6 +419,24 @@ def test_bad_flags_get_one_line(tmp_path, capsys, flags, message):
     ) + capsys.readouterr().err
     assert re.search(message, said), said
     assert exit.value.code not in (0, None) and len(said.strip().splitlines()) == 1
+    assert {path.name for path in (tmp_path / "new").glob("*")} <= {"config.json"}  # nothing was made
+
+
+def test_a_start_that_was_refused_can_be_repeated_with_other_flags(text, tmp_path):
+    out = str(tmp_path / "new")
+    with pytest.raises(SystemExit, match="there is no such file"):
+        train.main([*ONE_PHASE, "no/such/file", "--out", out, "--seed", "1"])
+    train.main([*ONE_PHASE, str(text), "--steps", "2", "--out", out, "--seed", "2"])
+    assert len(losses_of(out)) == 2
+    with pytest.raises(SystemExit, match=r"other settings \(seed 2, now 1\)"):
+        train.main([*ONE_PHASE, str(text), "--steps", "2", "--out", out, "--seed", "1"])
+
+
+def test_resume_goes_on_with_the_stage_last_asked_for(finished, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    train.main(["tools", *SMALL, "--base", str(finished / "model_base"), "--out", out])
+    train.main(["--resume", "--out", out])
+    assert capsys.readouterr().out.count("tools_card.md") == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"   \n\n", b"\xff\xfe\xfa"])
