@@ -5591,7 +5591,7 @@ def choose_prompts(job, model, toolbox):
                     for prompt in prompts_of(domain, f"{run.seed} held out pair", run.rl_pool // 2)]
         pairs = [pair for group in play_prompts(controller, held_out, 4) if (pair := known_order(group))]
         write_json(path, {"pool": pool, "pairs": pairs})
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = read_json(path)
     return saved["pool"], [tuple(pair) for pair in saved["pairs"]]
 
 
@@ -6620,13 +6620,9 @@ def dry_run(run, cfg):
 # ==================================================================================================
 # 7  Stages (R 2.5, 3)
 # ==================================================================================================
-# A stage takes the model that the one before has left, makes its batches, says what is measured on the way
-# (section 8 measures), and lets `fit` of section 6 train. It gives (seconds, figures for report.json).
-#
-#     pretrain   next token: drills, the WSD schedule, annealing, long contexts, YaRN           R 2.5
-#     tools      dialogs with tools, made and filtered (section 4)                              R 3.1.1
-#     sft        the assistant's tokens of dialogs, with Muon                                   R 3.1
-#     rl         rewards of a gym and of the model as its own critic (section 5)                R 3.2
+# A stage takes the model that the one before has left, makes batches, says what is measured on the way (with
+# section 8) and lets `fit` of section 6 train: next tokens (R 2.5), then the assistant's part of dialogs with
+# tools (R 3.1), then rewards (R 3.2). It gives its seconds and its figures for report.json.
 
 FINAL_EVAL = 8  # the last validation of pretraining reads so many times more tokens than those on the way
 
@@ -7328,6 +7324,27 @@ def write_report(job, stage, seconds, facts):
 
 # --- a run: its folder, and its stages one after the other ---
 
+def read_config(path):
+    """config.json of a run: its "run" and "model", the "stage" last asked for, "versions"."""
+    try:
+        saved = read_json(path)
+        {**saved["run"], **saved["model"]}  # raises where one of them is missing or no object
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no run's configuration; choose another --out") from None
+    return saved
+
+
+def refuse_changes(out, saved, run, cfg):
+    """What was made in a folder has the settings under which it was begun, or none would be true of it."""
+    before = {**saved["run"], **saved["model"]}
+    now = {**dataclasses.asdict(run), **dataclasses.asdict(cfg)}
+    changed = [key for key in now if key not in MACHINE_FIELDS and now[key] != before.get(key)]
+    if changed:
+        was = ", ".join(f"{key} {before.get(key)!r}, now {now[key]!r}" for key in changed[:4])
+        raise UserError(f"{out} holds a run with other settings ({was}); --resume without flags "
+                        "continues it, another --out starts a new one")
+
+
 def open_run(run_fields, model_fields, resume, stage=None):
     """(RunConfig, KimiConfig) of the folder, which is made, continued, or refused if it differs."""
     out = Path(run_fields.get("out", RunConfig.out))
@@ -7359,27 +7376,6 @@ def open_run(run_fields, model_fields, resume, stage=None):
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
     return run, cfg
-
-
-def read_config(path):
-    """config.json of a run: its "run" and "model", the "stage" last asked for, "versions"."""
-    try:
-        saved = read_json(path)
-        {**saved["run"], **saved["model"]}  # raises where one of them is missing or no object
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no run's configuration; choose another --out") from None
-    return saved
-
-
-def refuse_changes(out, saved, run, cfg):
-    """What was made in a folder has the settings under which it was begun, or none would be true of it."""
-    before = {**saved["run"], **saved["model"]}
-    now = {**dataclasses.asdict(run), **dataclasses.asdict(cfg)}
-    changed = [key for key in now if key not in MACHINE_FIELDS and now[key] != before.get(key)]
-    if changed:
-        was = ", ".join(f"{key} {before.get(key)!r}, now {now[key]!r}" for key in changed[:4])
-        raise UserError(f"{out} holds a run with other settings ({was}); --resume without flags "
-                        "continues it, another --out starts a new one")
 
 
 def finish(job, stage, work):
