@@ -7169,14 +7169,23 @@ def plot_tuning(out, rows):
 def plot_rl(out, rows):
     """Rewards by domain, held-out success, length and truncation, the critic."""
     colours = {domain: f"C{number}" for number, domain in enumerate(TASK_BUDGETS)}
+    rewarded = [row for row in rows if "rewards" in row]
+    each = max(1, len(rewarded) // 30)  # iterations of a point: one alone has few prompts of a domain
+    parts = [rewarded[i : i + each] for i in range(0, len(rewarded), each)]
 
-    def by_domain(axes, key, **how):
+    def of_part(part):
+        found = {domain: [row["rewards"][domain] for row in part if domain in row["rewards"]]
+                 for domain in colours}
+        return {"step": part[0]["step"],
+                "rewards": {domain: mean(values) for domain, values in found.items() if values}}
+
+    def by_domain(axes, rows, key, **how):
         for domain, colour in colours.items():
             curve(axes, rows, key, domain, color=colour, **how)
         axes.set_ylim(0, 1)
 
     def success(axes):
-        by_domain(axes, "gym", marker="o", ms=3)
+        by_domain(axes, rows, "gym", marker="o", ms=3)
         curve(axes, rows, "critic", color="black", ls=":", label="critic, tasks with a checker")
         curve(axes, rows, "critic_style", color="black", ls="--", label="critic, tasks without")
 
@@ -7186,7 +7195,8 @@ def plot_rl(out, rows):
         curve(axes, rows, "idle", scale=100, label="waiting for the longest, %")
 
     figure(out, "rl",
-           ("Rewards of rollouts", "iteration", "mean", functools.partial(by_domain, key="rewards")),
+           ("Rewards of rollouts", "iteration", f"mean of {each} iterations" if each > 1 else "mean",
+            functools.partial(by_domain, rows=[of_part(part) for part in parts], key="rewards")),
            ("Held-out requests, greedy", "iteration", "share right", success),
            ("Budget", "iteration", "", length), width=13, below=False)
 
