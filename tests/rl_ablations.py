@@ -23,15 +23,15 @@ from kimi_k2 import Tokenizer  # noqa: E402
 
 VARIANTS = {
     "report": {},
-    "no rewards, PTX and critic alone": {"rl_weights": dict.fromkeys(train.TASK_BUDGETS, 0.0)},
+    "PTX and critic without rewards": {"rl_weights": dict.fromkeys(train.TASK_BUDGETS, 0.0)},
     "without PTX": {"ptx_weight": 0.0},
     "without budget": {"rl_penalty": 0.0, "rl_budget": 256},
     "without temperature decay": {"rl_temperature_end": 1.0},
     "without closed loop": {"critic_weight": 0.0},
-    "four steps, objective": {"rl_updates": 4},
-    "four steps, REINFORCE": {"rl_updates": 4, "rl_objective": "reinforce"},
+    "four steps of the objective": {"rl_updates": 4},
+    "four steps of REINFORCE": {"rl_updates": 4, "rl_objective": "reinforce"},
     "without partial rollouts": {"rl_segment": 0},
-    "partial, cache recomputed": {"rl_recompute": True},
+    "partial with caches recomputed": {"rl_recompute": True},
     "prioritized": {"rl_sampling": "prioritized"},
     "curriculum": {"rl_sampling": "curriculum"},
 }
@@ -107,7 +107,7 @@ def main():
     table = {}
     for name in args.variants.split(","):
         for seed in map(int, args.seeds.split(",")):
-            folder = out / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+            folder = out / f"{name.replace(' ', '_')}_{seed}"
             path = folder / "facts.json"
             if not path.exists():
                 facts = measure(args.run, folder, {**common, **VARIANTS[name], "rl_seed": seed})
