@@ -1414,6 +1414,7 @@ class KimiK2(nn.Module):
             same = same | (document == 0)[:, None] if branches else same
             mask = same.tril().unsqueeze(1)
         record = self.training and torch.is_grad_enabled() and cache is None
+        kept = {"context_fn": keep_products(self.cfg)} if self.recompute == "parts" else {}
         s_max, routing = [], []
         for layer in self.model.layers:
             arguments = (x, rotary, mask, cache, absorb, record)
@@ -1422,7 +1423,6 @@ class KimiK2(nn.Module):
             elif self.recompute == "off" or not torch.is_grad_enabled():
                 x, s, r = layer(*arguments)
             else:
-                kept = {"context_fn": keep_products(self.cfg)} if self.recompute == "parts" else {}
                 x, s, r = checkpoint(layer, *arguments, use_reentrant=False, **kept)
             s_max.append(s)
             routing.append(r)

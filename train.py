@@ -188,7 +188,7 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # fp32 or bf16 (autocast); auto: bf16 on CUDA
     compile: str = "auto"  # torch.compile: auto, on or off; auto: on for CUDA
-    recompute: str | None = None  # of a block, in its backward pass: off, parts (R 2.4.3), blocks
+    recompute: str | None = None  # of a block again in its backward pass: off, parts (R 2.4.3), blocks
     threads: int | None = None  # CPU threads; none: PyTorch's choice
     ep: int = 1  # under torchrun: ranks that share out a layer's experts; the others hold copies in shards
     world: int | None = None  # --plan, --dry_run: how many GPUs; none: as few as hold a step, with their ep
@@ -345,6 +345,7 @@ def parse_command(argv):
 
 
 def not_negative(*values):
+    """Whether all are finite numbers from 0 on; JSON may bring in text, too."""
     return all(isinstance(value, (int, float)) and 0 <= value <= sys.float_info.max for value in values)
 
 
@@ -2683,6 +2684,7 @@ def convert_temperature(state, value, unit, to):
 
 
 def day_of(text):
+    """The date that a text says in one form alone, or ToolError."""
     try:  # newer versions of Python read more forms than older ones, so we say which
         return datetime.date(*map(int, re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)", text, re.ASCII).groups()))
     except (AttributeError, ValueError):
@@ -2855,6 +2857,7 @@ def add_row(state, table, row):
 
 
 def get_rows(state, table, column):
+    """The rows of a table that has this column, or ToolError."""
     rows = get_entry(state.table("tables"), table, "table")
     get_entry(rows[0], column, "column")
     return rows
@@ -2886,6 +2889,7 @@ ROOM, SLOT = f"{'|'.join(ROOMS)}: the room", f"{'|'.join(SLOTS)}: the part of th
 
 
 def booking_of(room, date, slot):
+    """The key under which a booking is kept."""
     return f"{day_of(date)} {slot} {room}"
 
 
@@ -2933,7 +2937,8 @@ FILE_NAME = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-
 
 
 def is_plain(path):
-    return path.is_file() and not path.is_symlink()  # no folder, no pipe that never ends, no way elsewhere
+    """Whether a path is a file itself: no folder, no pipe that never ends, no way elsewhere."""
+    return path.is_file() and not path.is_symlink()
 
 
 def scratch_file(state, name, exists=True):
@@ -3226,12 +3231,14 @@ class Place:
 # What evolved tools do with items {name: {field: value}}, all of the object `at` a place.
 
 def find_item(items, at, name):
+    """The fields of an object, or ToolError."""
     if name not in items:
         raise ToolError(f"there is no {at.object} {name[:40]}")
     return items[name]
 
 
 def add_item(items, at, name, fields):
+    """Put an object that is not there yet."""
     if name in items:
         raise ToolError(f"there is already a {at.object} {name[:40]}")
     if not 0 < len(name) <= 40 or len(items) >= 1000:
@@ -3240,6 +3247,7 @@ def add_item(items, at, name, fields):
 
 
 def remove_item(items, at, name):
+    """Delete an object that is there."""
     find_item(items, at, name)
     del items[name]
     return {"deleted": name}

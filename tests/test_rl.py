@@ -728,3 +728,22 @@ def test_rl_of_a_model_of_another_run(finished, tmp_path):
 def test_rl_without_a_model_says_so(tmp_path):
     done = run("rl", *SMALL, "--base", tmp_path / "none", "--out", tmp_path / "run")
     assert done.returncode != 0 and "Traceback" not in done.stderr and "none" in done.stderr
+
+
+def test_success_is_measured_greedily_and_at_both_ends_as_it_is_drawn(finished):
+    model, job, _, box = controller_parts(finished)
+    examiner, asked = train.Controller(model, job, {}, box), []
+    start = examiner.start
+
+    def listen(prompt, temperature, samples):
+        asked.append(temperature)
+        return start(prompt, temperature, samples)
+
+    examiner.start = listen
+    unchecked = list(train.critic_pairs(random.Random(0), 2))
+    for step, temperatures in ((0, [0.0, job.run.rl_temperature]), (1, [0.0])):
+        asked.clear()
+        row = train.examine(job, model, step, examiner.critic, examiner, [], unchecked)
+        n = len(asked) // len(temperatures)
+        assert n and asked == [t for t in temperatures for _ in range(n)]
+        assert ("hits_drawn" in row) == (step == 0)
