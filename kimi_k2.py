@@ -883,19 +883,24 @@ def attend_fused(q, k, v, scale, mask=None, record=False):
 def attend_absorbed(q_nope, q_rope, latent, w_uk, w_uv, scale, mask=None):
     """Attend to the latents (B, S, R + rope), one key and value for all heads: (B T, H * v).
 
-    q_nope, q_rope (B T, H, nope | rope), w_uk (H, nope, R), w_uv (H, R, v).
+    q_nope, q_rope (B T, H, nope | rope), w_uk (H, nope, R), w_uv (H, R, v). Without them, where both are
+    part of the projections around: q_nope is W_UK^T q already, (B T, H, R), and (B T, H * R) is returned.
     """
-    (B, S, _), R, H, T = latent.shape, w_uk.shape[2], len(w_uk), len(q_nope) // len(latent)
-    q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # W_UK^T q: (B T, H, R)
-    q = torch.cat((q_latent, q_rope), dim=-1).view(B, T * H, -1)
+    (B, S, width), (_, H, rope), T = latent.shape, q_rope.shape, len(q_rope) // len(latent)
+    R = width - rope
+    if w_uk is not None:
+        q_nope = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # W_UK^T q: (B T, H, R)
+    q = torch.cat((q_nope, q_rope), dim=-1).view(B, T * H, -1)
     s = torch.bmm(q, latent.mT).float() * scale  # (B, T H, S)
     if mask is None and T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=s.device).tril()
     if mask is not None:  # (T, S) or (B, 1, T, S): the same for all heads of a query
         s.view(B, T, H, S).masked_fill_(~mask.view(-1, T, 1, S), -math.inf)
     context = torch.bmm(s.softmax(dim=-1).to(latent.dtype), latent[..., :R])  # (B, T H, R)
-    out = torch.bmm(context.view(B * T, H, R).transpose(0, 1), w_uv)  # W_UV context: (H, B T, v)
-    return out.transpose(0, 1).flatten(1)
+    context = context.view(B * T, H, R)
+    if w_uv is not None:
+        context = torch.bmm(context.transpose(0, 1), w_uv).transpose(0, 1)  # W_UV context: (B T, H, v)
+    return context.flatten(1)
 
 
 def autocast_dtype(x):
@@ -1248,7 +1253,7 @@ class Decoder:
         self.embed, self.lm_head = model.model.embed_tokens.weight, self.cast(model.lm_head.weight)
         self.norm, self.rope = self.norm_of(model.model.norm, self.embed), (model.rope_w, model.rope_factor)
         self.cos = self.sin = torch.empty(0)
-        self.scale, self.H, self.nope = softmax_scale(cfg), cfg.num_attention_heads, cfg.qk_nope_head_dim
+        self.scale, self.H, self.rope_dim = softmax_scale(cfg), cfg.num_attention_heads, cfg.qk_rope_head_dim
         self.layers = [self.prepare(layer) for layer in model.model.layers]
 
     def cast(self, *weights):
@@ -1270,13 +1275,20 @@ class Decoder:
         p.input_norm = self.norm_of(layer.input_layernorm, self.embed)
         p.post_norm = self.norm_of(layer.post_attention_layernorm, self.embed)
         p.low_rank = hasattr(m, "q_a_proj")
-        first = m.q_a_proj if p.low_rank else m.q_proj
-        p.w_in = self.cast(first.weight, m.kv_a_proj_with_mqa.weight)
-        p.widths = [first.out_features, m.R, m.rope]
+        q, o = (m.q_b_proj if p.low_rank else m.q_proj).weight, m.o_proj.weight
+        p.w_uk, p.w_uv = m.absorbed_weights(self.dtype)
+        if m.R <= min(m.nope, m.v):  # W_UK and W_UV become part of projections that do not grow by it
+            w_uk, w_uv = m.absorbed_weights(q.dtype)
+            q_nope, q_rope = q.view(m.H, m.nope + m.rope, -1).split([m.nope, m.rope], dim=1)
+            q = torch.cat((w_uk.mT @ q_nope, q_rope), dim=1).flatten(0, 1)  # (H * (R + rope), q_lora | C)
+            o = (o.view(-1, m.H, m.v).transpose(0, 1) @ w_uv.mT).transpose(0, 1).flatten(1)  # (C, H * R)
+            p.w_uk = p.w_uv = None
+        p.w_in = self.cast(m.q_a_proj.weight if p.low_rank else q, m.kv_a_proj_with_mqa.weight)
+        p.widths = [len(p.w_in) - m.R - m.rope, m.R, m.rope]
         if p.low_rank:
-            p.q_norm, p.q_b = self.norm_of(m.q_a_layernorm, p.w_in), self.cast(m.q_b_proj.weight)
-        p.kv_norm, (p.w_uk, p.w_uv) = self.norm_of(m.kv_a_layernorm, p.w_in), m.absorbed_weights(self.dtype)
-        p.o, p.dense, p.router = self.cast(m.o_proj.weight), mlp, None
+            p.q_norm, p.q_b = self.norm_of(m.q_a_layernorm, p.w_in), self.cast(q)
+        p.kv_norm, p.o = self.norm_of(m.kv_a_layernorm, p.w_in), self.cast(o)
+        p.dense, p.router = mlp, None
         if isinstance(mlp, MoE):
             p.dense, p.router = getattr(mlp, "shared_experts", None), mlp.gate
             p.scores = mlp.gate.weight.float()
@@ -1312,13 +1324,12 @@ class Decoder:
         q, c_kv, k_rope = F.linear(h, p.w_in).split(p.widths, dim=1)
         if p.low_rank:
             q = F.linear(p.q_norm(q), p.q_b)
-        q = q.view(B, H, -1)
-        rope = torch.cat((q[..., self.nope :], k_rope.unsqueeze(1)), dim=1)  # of all queries and the key
+        q_nope, q_rope = q.view(B, H, -1).tensor_split([-self.rope_dim], dim=2)
+        rope = torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1)  # of all queries and the key
         rope = rotate(rope, cos, sin)  # (B, H + 1, rope)
         new = torch.cat((p.kv_norm(c_kv), rope[:, H]), dim=1)
         latent = cache.update(number, new.unsqueeze(1)).to(h.dtype)  # (B, S, R + rope)
-        q_nope, q_rope = q[..., : self.nope], rope[:, :H]
-        return F.linear(attend_absorbed(q_nope, q_rope, latent, p.w_uk, p.w_uv, self.scale, seen), p.o)
+        return F.linear(attend_absorbed(q_nope, rope[:, :H], latent, p.w_uk, p.w_uv, self.scale, seen), p.o)
 
     def ffn(self, h, p):
         """Dense FFN, or experts and shared expert, (B, C) -> (B, C)."""

@@ -386,10 +386,12 @@ def test_a_list_of_prompts_continues_as_each_alone():
 
 @pytest.mark.parametrize("padding", [None, [3, 0]], ids=["even", "padded"])
 @pytest.mark.parametrize("copies", [1, 3])  # of both rows: few tokens take another path than many
+@pytest.mark.parametrize("latent", [16, 40])  # 16: W_UK and W_UV are part of their neighbours
 @pytest.mark.parametrize("variant", [*VARIANTS, "no_shared"])
 @torch.no_grad()
-def test_the_decoder_of_generation_equals_the_full_forward(variant, copies, padding):
-    model = nano(**VARIANTS.get(variant, {"n_shared_experts": 0, "first_k_dense_replace": 0}))
+def test_the_decoder_of_generation_equals_the_full_forward(variant, latent, copies, padding):
+    variant = VARIANTS.get(variant, {"n_shared_experts": 0, "first_k_dense_replace": 0})
+    model = nano(**variant, kv_lora_rank=latent)
     x, cache = ids(2, 16).repeat(copies, 1), LatentCache(model.cfg, 2 * copies)
     cache.padding = padding and torch.tensor(padding * copies)
     model(x[:, :10], cache=cache)
