@@ -25,7 +25,7 @@ from kimi_k2 import KimiConfig, Tokenizer, count_parameters  # noqa: E402
 
 TEXT = {"web": 0.4, "code": 0.3, "math": 0.15, "knowledge": 0.15}
 ADAMW = [(lr, decay) for decay in (0.1, 0.01) for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)]
-MUONCLIP = (6e-3, 1e-2, 2e-2, 3e-2)
+MUONCLIP = (3e-3, 6e-3, 1e-2, 2e-2)
 EXPERTS = (2, 4, 8, 16, 48, 96)  # of which two are active: sparsity 1 to 48
 
 
