@@ -1276,13 +1276,14 @@ class Decoder:
         p.post_norm = self.norm_of(layer.post_attention_layernorm, self.embed)
         p.low_rank = hasattr(m, "q_a_proj")
         q, o = (m.q_b_proj if p.low_rank else m.q_proj).weight, m.o_proj.weight
-        p.w_uk, p.w_uv = m.absorbed_weights(self.dtype)
         if m.R <= min(m.nope, m.v):  # W_UK and W_UV become part of projections that do not grow by it
             w_uk, w_uv = m.absorbed_weights(q.dtype)
             q_nope, q_rope = q.view(m.H, m.nope + m.rope, -1).split([m.nope, m.rope], dim=1)
             q = torch.cat((w_uk.mT @ q_nope, q_rope), dim=1).flatten(0, 1)  # (H * (R + rope), q_lora | C)
             o = (o.view(-1, m.H, m.v).transpose(0, 1) @ w_uv.mT).transpose(0, 1).flatten(1)  # (C, H * R)
             p.w_uk = p.w_uv = None
+        else:
+            p.w_uk, p.w_uv = m.absorbed_weights(self.dtype)
         p.w_in = self.cast(m.q_a_proj.weight if p.low_rank else q, m.kv_a_proj_with_mqa.weight)
         p.widths = [len(p.w_in) - m.R - m.rope, m.R, m.rope]
         if p.low_rank:

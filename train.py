@@ -3254,17 +3254,20 @@ def remove_item(items, at, name):
 
 
 def copy_item(items, at, name, new):
+    """Put an object's fields under a new name too."""
     add_item(items, at, new, dict(find_item(items, at, name)))
     return {"named": new}
 
 
 def rename_item(items, at, name, new):
+    """Move an object to a new name."""
     copied = copy_item(items, at, name, new)
     del items[name]
     return copied
 
 
 def set_field(items, at, name, value):
+    """Give an object's field a value; numbers stay in 0 to 1e9."""
     if isinstance(value, int) and not 0 <= value <= 10**9:
         raise ToolError(f"the {at.field} cannot be {str(value)[:40]}")
     find_item(items, at, name)[at.field] = value
@@ -3272,6 +3275,7 @@ def set_field(items, at, name, value):
 
 
 def raise_field(items, at, name, by):
+    """Add to an object's number, or take from it."""
     value = find_item(items, at, name)[at.field] + by
     if not 0 <= value <= 10**9:
         raise ToolError(f"the {at.field} would be {value}")
@@ -3279,6 +3283,7 @@ def raise_field(items, at, name, by):
 
 
 def extreme(items, at, pick):
+    """The object whose field `pick`, max or min, prefers."""
     if not items:
         raise ToolError(f"there is no {at.object}")
     name = pick(items, key=lambda name: items[name][at.field])
@@ -3468,6 +3473,8 @@ def evolve(n, seed):
 
 @dataclass
 class Task:
+    """A wish, the plan that the teacher knows, and the rubric that a judge checks."""
+
     kind: str  # of KINDS
     request: str
     plan: list  # [[(tool name, arguments)]]
@@ -3917,6 +3924,7 @@ def call_message(calls, messages, content=""):
 
 
 def say(text):
+    """An answer without calls."""
     return {"role": "assistant", "content": text, "tool_calls": []}
 
 
@@ -4072,6 +4080,7 @@ class EndpointAgent:
 # --- judging: rules, rubric, person ---
 
 def mentions(text, part):
+    """Whether a text says a value, as whole words, in capitals or not."""
     return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text, re.I) is not None
 
 
