@@ -872,6 +872,17 @@ def max_logits(q, k, scale, mask=None, block=128):
     return torch.stack(best).amax(dim=0).float() * scale
 
 
+def attend_blocks(q, k, v, scale, mask=None, record=False, block=128):
+    """`attend`, a block of queries at a time: keys behind it cost nothing, and s stays in a CPU's caches."""
+    T, past, parts = q.shape[2], k.shape[2] - q.shape[2], []
+    for t in range(0, T, block):
+        end = past + min(t + block, T)
+        seen = mask if mask is None else mask[..., t : t + block, :end]
+        parts.append(attend(q[:, :, t : t + block], k[:, :, :end], v[:, :, :end], scale, seen, record))
+    out, s_max = zip(*parts)
+    return torch.cat(out, dim=2), torch.stack(s_max).amax(dim=0) if record else None
+
+
 def attend_fused(q, k, v, scale, mask=None, record=False):
     """`attend` by PyTorch's fused kernel, which never holds all of s: for long sequences and GPUs."""
     pad = q.shape[-1] - v.shape[-1] if q.device.type == "cpu" else 0  # the CPU's wants equal widths
@@ -965,9 +976,9 @@ class MLA(nn.Module):
         q = torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), dim=-1)  # (B, H, T, D)
         k_rope = k_rope.unsqueeze(1).expand(-1, self.H, -1, -1)
         k = torch.cat((k_nope.transpose(1, 2), k_rope), dim=-1)  # (B, H, S, D)
-        # written out is faster for short sequences on a CPU, and S_max comes with it
+        # in blocks it is faster for short sequences on a CPU, and S_max comes with it
         short = q.device.type == "cpu" and k.shape[2] <= 512 and q.dtype == torch.float32
-        by = attend if short and not autocast_dtype(q) else attend_fused
+        by = attend_blocks if short and not autocast_dtype(q) else attend_fused
         out, s_max = by(q, k, v.transpose(1, 2), self.scale, mask, record)
         return out.transpose(1, 2).flatten(2), s_max
 
