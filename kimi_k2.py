@@ -840,19 +840,22 @@ def causal_mask(T, S, padding, device):
     return (key <= query) & (real | (key == query))
 
 
+def document_mask(document):
+    """True where a query sees the documents (B, T) of a packed row apart, each for itself: (B, 1, T, T)."""
+    return (document[:, :, None] == document[:, None]).tril().unsqueeze(1)
+
+
 def attend(q, k, v, scale, mask=None, record=False):
     """softmax(scale q k^T + mask) v, written out; q, k (B, H, T|S, D), v (B, H, S, v) -> (B, H, T, v).
 
     With `record` also S_max (H,): each head's largest softmax input (R Algorithm 1).
     """
-    (B, H, T, _), S = q.shape, k.shape[2]
     if mask is None:
+        T, S = q.shape[2], k.shape[2]
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
-    bias = bias if bias.ndim == 2 else bias.expand(B, H, T, S).flatten(0, 1)
-    s = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)  # (B H, T, S)
-    s_max = s.detach().view(B, H, T, S).amax(dim=(0, 2, 3)) if record else None
-    return (s.softmax(dim=-1) @ v.flatten(0, 1)).view(B, H, T, -1), s_max
+    s = ((scale * q) @ k.mT).add_(bias)  # (B, H, T, S)
+    return s.softmax(dim=-1) @ v, s.detach().amax(dim=(0, 2, 3)) if record else None
 
 
 @torch.no_grad()
@@ -881,6 +884,16 @@ def attend_blocks(q, k, v, scale, mask=None, record=False, block=128):
         parts.append(attend(q[:, :, t : t + block], k[:, :, :end], v[:, :, :end], scale, seen, record))
     out, s_max = zip(*parts)
     return torch.cat(out, dim=2), torch.stack(s_max).amax(dim=0) if record else None
+
+
+def attend_documents(q, k, v, scale, document, record=False):
+    """`attend` with the mask of `document_mask`: each document by itself, so that the others cost nothing."""
+    B, H, T, _ = q.shape
+    sizes = [n for row in document for n in row.unique_consecutive(return_counts=True)[1].tolist()]
+    parts = (x.transpose(0, 1).reshape(1, H, B * T, -1).split(sizes, dim=2) for x in (q, k, v))
+    out, s_max = zip(*(attend(*part, scale, None, record) for part in zip(*parts)))
+    out = torch.cat(out, dim=2).view(H, B, T, -1).transpose(0, 1)
+    return out, torch.stack(s_max).amax(dim=0) if record else None
 
 
 def attend_fused(q, k, v, scale, mask=None, record=False):
@@ -976,9 +989,14 @@ class MLA(nn.Module):
         q = torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), dim=-1)  # (B, H, T, D)
         k_rope = k_rope.unsqueeze(1).expand(-1, self.H, -1, -1)
         k = torch.cat((k_nope.transpose(1, 2), k_rope), dim=-1)  # (B, H, S, D)
-        # in blocks it is faster for short sequences on a CPU, and S_max comes with it
+        # written out is faster for short sequences on a CPU, and S_max comes with it
         short = q.device.type == "cpu" and k.shape[2] <= 512 and q.dtype == torch.float32
         by = attend_blocks if short and not autocast_dtype(q) else attend_fused
+        if mask is not None and mask.dtype != torch.bool:  # numbers of documents
+            if by is attend_blocks and not torch.compiler.is_compiling():  # its sizes change with the batch
+                by = attend_documents
+            else:
+                mask = document_mask(mask)
         out, s_max = by(q, k, v.transpose(1, 2), self.scale, mask, record)
         return out.transpose(1, 2).flatten(2), s_max
 
@@ -1415,8 +1433,8 @@ class KimiK2(nn.Module):
     def hidden(self, tokens, cache=None, absorb=None, document=None, position=None):
         """Ids (B, T) -> normalised hidden states (B, T, C), those that lm_head reads.
 
-        `document` (B, T) numbers the texts that share a row: none sees another. RoPE knows only distances,
-        so each is read as if it stood alone. With `position` (B, T) they go on from one beginning, document
+        `document` (B, T) numbers the texts of a row, one after another: none sees another. RoPE knows only
+        distances, so each is read as if it stood alone. With `position` (B, T) they go on from one beginning, document
         0, which all of them see: many answers to a prompt for the price of one prompt.
         """
         try:
@@ -1431,11 +1449,12 @@ class KimiK2(nn.Module):
         if padding is not None:
             position = (position - padding[:, None]).clamp_(min=0)  # (B, T)
         rotary = rope_table(position, self.rope_w, self.rope_factor)
-        mask = causal_mask(T, past + T, padding, x.device)
-        if document is not None:
-            same = document[:, :, None] == document[:, None]  # (B, T, T)
-            same = same | (document == 0)[:, None] if branches else same
-            mask = same.tril().unsqueeze(1)
+        if document is None:
+            mask = causal_mask(T, past + T, padding, x.device)
+        elif branches:
+            mask = (document_mask(document) | (document == 0)[:, None, None]).tril()
+        else:
+            mask = document_mask(document) if absorb else document
         record = self.training and torch.is_grad_enabled() and cache is None
         kept = {"context_fn": keep_products(self.cfg)} if self.recompute == "parts" else {}
         s_max, routing = [], []

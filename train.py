@@ -5191,47 +5191,51 @@ class Engine:
         if rollout.reward is not None:
             rollout.latent = None
 
-    def know_prompts(self, batch):
-        """Latents of all but the last token of each prompt that has none, once for all that share it: few at
-        a time and of about one length, since scores of all pairs of many long rows leave the caches."""
-        fresh = [rollout for rollout in batch if rollout.latent is None]
-        prompts, latents = list(dict.fromkeys(tuple(rollout.ids) for rollout in fresh)), {}
-        for few in by_length(prompts, rows=64):
-            tokens, padding = left_pad([prompts[i] for i in few], 0, self.model.lm_head.weight.device)
-            cache = self.empty_cache(len(few), tokens.shape[1])
-            cache.padding = padding
-            self.model.hidden(tokens[:, :-1], cache)
-            latents |= {prompts[i]: latents_of(cache, row) for row, i in enumerate(few)}
-        for rollout in fresh:
-            rollout.latent = latents[tuple(rollout.ids)]
+    def catch_up(self, batch):
+        """Latents of all but the last token of each rollout; a prompt's once for all that share it. Few rows
+        at a time, of about as many new tokens: little is padding, and scores of all pairs stay in the caches.
+        """
+        cfg, first = self.model.cfg, {}
+        nothing = torch.empty(cfg.num_hidden_layers, 0, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+        for rollout in batch:
+            if rollout.latent is None and first.setdefault(tuple(rollout.ids), rollout) is rollout:
+                rollout.latent = nothing
+        known = [rollout for rollout in batch if rollout.latent is not None]
+        new = {rollout.number: len(rollout.ids) - 1 - rollout.latent.shape[1] for rollout in known}
+        behind = sorted((rollout for rollout in known if new[rollout.number]), key=lambda r: new[r.number])
+        for i in range(0, len(behind), 64):
+            few = behind[i : i + 64]
+            M, texts = new[few[-1].number], [rollout.ids[:-1] for rollout in few]
+            # rows with fewer new tokens feed some again that they know
+            cache = self.join([rollout.latent[:, : max(0, len(text) - M)]
+                               for rollout, text in zip(few, texts)], M)
+            tokens, more = left_pad([text[-M:] for text in texts], 0, cache.padding.device)
+            cache.padding += more
+            self.model.hidden(tokens, cache)
+            for row, rollout in enumerate(few):
+                rollout.latent = latents_of(cache, row)
+        for rollout in batch:
+            if rollout.latent is None:
+                rollout.latent = first[tuple(rollout.ids)].latent
 
-    def empty_cache(self, rows, length):
-        weight = self.model.lm_head.weight
+    def join(self, latents, room):
+        """A cache of rows of any length, which all end at the same place, with room for more tokens."""
+        weight, S = self.model.lm_head.weight, max(latent.shape[1] for latent in latents)
         dtype = autocast_dtype(weight) or weight.dtype
-        return LatentCache(self.model.cfg, rows, length, weight.device, dtype)
-
-    def join(self, batch, room):
-        """(cache, tokens to feed (B, M)) of rollouts of any length. M is what the one with the most new
-        tokens needs; the others feed some again that they know. All rows end at the same place."""
-        self.know_prompts(batch)
-        M = max(len(rollout.ids) - rollout.latent.shape[1] for rollout in batch)
-        known = [rollout.latent[:, : max(0, len(rollout.ids) - M)] for rollout in batch]
-        S = max(latent.shape[1] for latent in known)
-        cache = self.empty_cache(len(batch), S + M + room)
-        for i, latent in enumerate(known):
+        cache = LatentCache(self.model.cfg, len(latents), S + room, weight.device, dtype)
+        for i, latent in enumerate(latents):
             for buffer, part in zip(cache.buffers, latent):
                 buffer[i, :S] = F.pad(part, (0, 0, S - len(part), 0))
         cache.length = S
-        device = cache.buffers[0].device
-        cache.padding = torch.tensor([S + M - len(rollout.ids) for rollout in batch], device=device)
-        tokens = [[0] * (M - len(rollout.ids)) + rollout.ids[-M:] for rollout in batch]
-        return cache, torch.tensor(tokens, device=device)
+        cache.padding = torch.tensor([S - latent.shape[1] for latent in latents], device=weight.device)
+        return cache
 
     def decode(self, batch, decoder):
         """Each rollout of a batch says its turn, or as much of it as its limit allows."""
-        room = max(rollout.limit - len(rollout.said) for rollout in batch)
-        cache, tokens = self.join(batch, room)
-        logits = self.model.lm_head(self.model.hidden(tokens, cache)[:, -1])
+        self.catch_up(batch)
+        cache = self.join([rollout.latent for rollout in batch],
+                          max(rollout.limit - len(rollout.said) for rollout in batch))
+        logits = decoder.step(cache.padding.new_tensor([rollout.ids[-1] for rollout in batch]), cache)
         draws = {rollout.number: self.draws(rollout) for rollout in batch}
         temperatures = logits.new_tensor([rollout.temperature for rollout in batch])
         going = set(range(len(batch)))  # rows that have not ended

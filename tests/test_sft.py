@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from runs import SMALL, after, kill_when, run
 
 import train
+import kimi_k2
 from kimi_k2 import KimiConfig, KimiK2, Tokenizer, load_pretrained
 
 
@@ -38,6 +39,27 @@ def test_a_packed_text_is_read_as_if_it_stood_alone(model, lengths):
         torch.testing.assert_close(hidden, model.hidden(text), atol=3e-6, rtol=1e-5)
     leaking = model.hidden(row).split(lengths, dim=1)[1]
     assert (leaking - together[1]).abs().max() > 1e-3, "the mask changes nothing: the test could not fail"
+
+
+def test_documents_attended_one_by_one_are_those_of_the_mask(model):
+    generator = torch.Generator().manual_seed(4)
+    inputs = [torch.randn(2, 4, 60, width, generator=generator, requires_grad=True) for width in (24, 24, 16)]
+    document = torch.tensor([[0] * 25 + [1] * 35, [0] * 10 + [1] * 5 + [2] * 40 + [-1] * 5])
+    out, s_max = kimi_k2.attend_documents(*inputs, 0.3, document, record=True)
+    reference = [x.detach().double().requires_grad_() for x in inputs]
+    q, k, v = reference
+    seen = torch.tensor([[[i >= j and row[i] == row[j] for j in range(60)] for i in range(60)]
+                         for row in document.tolist()]).unsqueeze(1)
+    s = (0.3 * q @ k.mT).masked_fill(~seen, -torch.inf)
+    expected = s.softmax(-1) @ v
+    upstream = torch.randn(out.shape, generator=generator)
+    out.backward(upstream), expected.backward(upstream.double())
+    torch.testing.assert_close(s_max.double(), s.amax((0, 2, 3)), atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip((out, *(x.grad for x in inputs)), (expected, *(x.grad for x in reference))):
+        torch.testing.assert_close(mine.double(), theirs, atol=1e-5, rtol=1e-5)
+    tokens = torch.randint(500, (2, 60), generator=generator)
+    both = [model.hidden(tokens, document=document, absorb=absorb) for absorb in (False, True)]
+    torch.testing.assert_close(*both, atol=1e-5, rtol=1e-4)
 
 
 YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 1.0,
