@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from runs import SMALL, after, kill_when, run
 
-import train
 import kimi_k2
+import train
 from kimi_k2 import KimiConfig, KimiK2, Tokenizer, load_pretrained
 
 
