@@ -1434,8 +1434,8 @@ class KimiK2(nn.Module):
         """Ids (B, T) -> normalised hidden states (B, T, C), those that lm_head reads.
 
         `document` (B, T) numbers the texts of a row, one after another: none sees another. RoPE knows only
-        distances, so each is read as if it stood alone. With `position` (B, T) they go on from one beginning, document
-        0, which all of them see: many answers to a prompt for the price of one prompt.
+        distances, so each is read as if it stood alone. With `position` (B, T) they go on from one
+        beginning, document 0, which all of them see: many answers to a prompt for the price of one prompt.
         """
         try:
             x = self.model.embed_tokens(tokens)
