@@ -4527,13 +4527,13 @@ def own_dialogs(source, tok, skipped):
             yield from (record for _, record in json_lines(path, skipped, is_dialog))
 
 
-def sft_sources(job):
-    """{source: [dialog]} of a run: its own, if --data has any, else those of the toy."""
+def sft_sources(job, n):
+    """{source: [dialog]} of a run: its own, if --data has any, else those of the toy, in numbers that go
+    with n dialogs with tools."""
     run, tok = job.run, job.tok
     if run.data and not run.data.startswith("hf:") and (own := list(own_dialogs(run.data, tok, []))):
         return {"own": own}
     rng = random.Random(f"dialogs {run.seed}")
-    n = run.trajectories
     sources = {"tools": reviewed(job.out / "data"), "chat": list(chat_dialogs(rng, n // 5)),
                "math": list(math_dialogs(rng, n // 5)), "critic": list(critic_dialogs(rng, n // 8))}
     for domain in QUESTIONS:  # of section 5
@@ -6645,7 +6645,7 @@ def dry_run(run, cfg):
 # section 8) and lets `fit` of section 6 train: next tokens (R 2.5), then the assistant's part of dialogs with
 # tools (R 3.1), then rewards (R 3.2). It gives its seconds and its figures for report.json.
 
-FINAL_EVAL = 8  # the last validation of pretraining reads so many times more tokens than those on the way
+FINAL_EVAL = 4  # the last validation of pretraining reads so many times more tokens than those on the way
 
 
 def learner(job, model, **settings):
@@ -6741,7 +6741,8 @@ def sft(job):
     torch.manual_seed(run.seed)
     model = model_before(job, "sft", "pretrain")
     rows = max(1, run.batch_size * run.seq_len // run.sft_len)
-    dialogs = Dialogs(sft_sources(job), job.tok, run.sft_weights, run.seed, rows * run.sft_steps, run.sft_len)
+    dialogs = Dialogs(sft_sources(job, run.trajectories), job.tok, run.sft_weights, run.seed,
+                      rows * run.sft_steps, run.sft_len)
     if dialogs.cut and job.ranks.first:
         print(f"note: {dialogs.cut} dialogs are longer than --sft_len {run.sft_len} and were cut")
     twin, opt = job.ranks.twin(model), learner(job, model, lr=run.sft_lr, kind="muon")
@@ -6817,7 +6818,7 @@ def rl(job):
         pool, pairs = choose_prompts(job, twin, toolbox)
     unchecked = list(critic_pairs(random.Random(f"pairs {run.seed}"), run.rl_pool // 2, held_out=True))
     rows = max(1, 2048 // run.sft_len)
-    sources = {name: dialogs[:400] for name, dialogs in sft_sources(job).items()}
+    sources = {name: dialogs[:400] for name, dialogs in sft_sources(job, min(1200, run.trajectories)).items()}
     dialogs = Dialogs(sources, job.tok, run.sft_weights, run.seed, rows * run.rl_steps, run.sft_len)
     opt = learner(job, model, lr=run.rl_lr, kind="muon")
     controller, examiner = Controller(twin, job, pool, toolbox), Controller(twin, job, {}, toolbox)
