@@ -165,7 +165,7 @@ class RunConfig:
     rl_row: int = 512  # tokens of a row of training: a prompt and as many of its answers as fit
     rl_tasks: int = 500  # held-out requests of each domain that measure RL, fewer where fewer differ
     ptx_weight: float = 0.1  # weight of the language-modelling loss on dialogs and text (none published)
-    critic_weight: float = 0.1  # weight of the critic's loss on pairs of known order; 0: no closed loop
+    critic_weight: float = 1.0  # weight of the critic's loss on pairs of known order; 0: no closed loop
     batch_size: int | None = None  # sequences a step
     micro_batch: int | None = None  # sequences a forward pass; gradients add up to batch_size
     seq_len: int | None = None  # tokens a sequence
@@ -221,7 +221,7 @@ RUN_DEFAULTS = {
     "tiny": dict(steps=1000, drill_steps=300, yarn_steps=60, batch_size=16, seq_len=128, lr=2e-2, warmup=20,
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
                  trajectories=8000, sft_steps=1000, sft_lr=3e-3, sft_len=512,
-                 rl_steps=32, rl_lr=5e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
+                 rl_steps=32, rl_lr=8e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
                  rl_pool=300),
     "mini": dict(steps=4000, batch_size=32, seq_len=512, lr=3e-3, warmup=100, tau=30.0,
                  bias_update_rate=3e-3, eval_every=500, eval_tokens=2**16, save_every=500,
@@ -5142,6 +5142,8 @@ class Engine:
     def __init__(self, model, tok, seed, budget, rows=256, recompute=False):
         self.model, self.tok, self.seed = model, tok, seed
         self.budget, self.rows, self.recompute = budget, rows, recompute
+        # tokens of a pass over prompts: few stay in a CPU's caches, many keep a GPU busy
+        self.at_once = 2**12 if model.lm_head.weight.device.type == "cpu" else 2**16
         self.stop = {tok.special["<|im_end|>"], tok.special["[EOS]"]}
         self.opening = len(tok.render([{"role": "system", "content": ""}])[0])
 
@@ -5192,9 +5194,8 @@ class Engine:
             rollout.latent = None
 
     def catch_up(self, batch):
-        """Latents of all but the last token of each rollout; a prompt's once for all that share it. Few rows
-        at a time, of about as many new tokens: little is padding, and scores of all pairs stay in the caches.
-        """
+        """Latents of all but the last token of each rollout; a prompt's once for all that share it. Rollouts
+        with about as many new tokens go together, so that little is padding."""
         cfg, first = self.model.cfg, {}
         nothing = torch.empty(cfg.num_hidden_layers, 0, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
         for rollout in batch:
@@ -5203,9 +5204,11 @@ class Engine:
         known = [rollout for rollout in batch if rollout.latent is not None]
         new = {rollout.number: len(rollout.ids) - 1 - rollout.latent.shape[1] for rollout in known}
         behind = sorted((rollout for rollout in known if new[rollout.number]), key=lambda r: new[r.number])
-        for i in range(0, len(behind), 64):
-            few = behind[i : i + 64]
-            M, texts = new[few[-1].number], [rollout.ids[:-1] for rollout in few]
+        while behind:
+            M = new[behind[-1].number]
+            few = behind[-max(1, self.at_once // M) :]
+            del behind[-len(few) :]
+            texts = [rollout.ids[:-1] for rollout in few]
             # rows with fewer new tokens feed some again that they know
             cache = self.join([rollout.latent[:, : max(0, len(text) - M)]
                                for rollout, text in zip(few, texts)], M)
@@ -6778,7 +6781,7 @@ def beside_rewards(job, step, dialogs, rows, known):
         parts.append(job.data.batch(run.seed, step, n, run.seq_len, job.device, mine=ranks.rows(n)))
     found = [(part, run.ptx_weight / len(parts)) for part in parts]
     if known:
-        told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known[:8]
+        told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known[:16]
                 for order, best in (((better, worse), "A"), ((worse, better), "B"))]
         found.append((ranks.mine(padded(told, job.tok, job.device)), run.critic_weight))
     return [(batch, weight) for batch, weight in found if weight]
