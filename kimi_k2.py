@@ -876,7 +876,7 @@ def max_logits(q, k, scale, mask=None, block=128):
 
 
 def attend_blocks(q, k, v, scale, mask=None, record=False, block=128):
-    """`attend`, a block of queries at a time: keys behind it cost nothing, and s stays in a CPU's caches."""
+    """`attend`, a block of queries at a time: keys after it cost nothing, and s stays in a CPU's caches."""
     T, past, parts = q.shape[2], k.shape[2] - q.shape[2], []
     for t in range(0, T, block):
         end = past + min(t + block, T)
