@@ -956,7 +956,10 @@ class MLA(nn.Module):
         self.scale = softmax_scale(cfg)
 
     def forward(self, x, rotary, mask=None, cache=None, layer=0, absorb=None, record=False):
-        """x (B, T, C) -> output (B, T, C), and S_max (H,) if `record`."""
+        """x (B, T, C) -> output (B, T, C), and S_max (H,) if `record`.
+
+        The mask is what `causal_mask` gives, or, for packed rows, the numbers (B, T) of their documents.
+        """
         q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.view(*x.shape[:2], self.H, -1)  # (B, T, H, D)
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)

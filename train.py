@@ -4452,10 +4452,12 @@ CHAT = (  # talk of which nothing is looked up
 
 
 def exchange(asked, answered):
+    """A dialog of one question and its answer."""
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
 
 
 def chat_dialogs(rng, n):
+    """n dialogs of small talk, from CHAT."""
     for _ in range(n):
         who = rng.choice(PEOPLE)
         asked, answered = rng.choice(CHAT)
@@ -4766,6 +4768,7 @@ class ToolUse:
 
 
 def final_answer(text):
+    """What stands after the last "Answer: ", or None."""
     return text.rpartition("Answer: ")[2].strip() if "Answer: " in text else None
 
 
@@ -4812,6 +4815,7 @@ CLAIM = re.compile(r"\bas (?:you )?(?:asked|requested|required|wished)"
 
 
 def words_of(text):
+    """The words of a text in small letters."""
     return re.findall(r"[^\W\d_]+", text.lower())
 
 
@@ -4917,6 +4921,7 @@ def printed(program):
 
 
 def code_question(rng):
+    """A function to write, judged by what it returns for unseen inputs."""
     kind, task, source = rng.choice(PROGRAMS)
     name, a = rng.choice(list(OBJECTS)), rng.choice(TENS)
     inputs = [kind(rng) for _ in range(4)]
@@ -5053,6 +5058,7 @@ VERIFIABLE = tuple(domain for domain in TASK_BUDGETS if domain != "subjective")
 
 
 def name_of(prompt):
+    """A prompt's name: its domain and seed."""
     return f"{prompt['domain']} {prompt['seed']}"
 
 
@@ -6150,6 +6156,7 @@ class Progress:
 
 
 def pick_device(name):
+    """The torch.device of a name; auto takes CUDA, then MPS, then the CPU. UserError if it is not there."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(kind for kind in found if found[kind]) if name == "auto" else name
     if not found.get(name):
