@@ -165,7 +165,7 @@ class RunConfig:
     rl_row: int = 512  # tokens of a row of training: a prompt and as many of its answers as fit
     rl_tasks: int = 500  # held-out requests of each domain that measure RL, fewer where fewer differ
     ptx_weight: float = 0.1  # weight of the language-modelling loss on dialogs and text (none published)
-    critic_weight: float = 1.0  # weight of the critic's loss on pairs of known order; 0: no closed loop
+    critic_weight: float = 4.0  # weight of the critic's loss on pairs of known order; 0: no closed loop
     batch_size: int | None = None  # sequences a step
     micro_batch: int | None = None  # sequences a forward pass; gradients add up to batch_size
     seq_len: int | None = None  # tokens a sequence
@@ -378,6 +378,10 @@ CHOICES = {"optimizer": ("muonclip", "muon", "adamw"), "device": ("auto", "cpu",
 def configure(run_fields, model_fields):
     """RunConfig with the preset's defaults filled in, and the KimiConfig; bad values raise an error."""
     run = RunConfig(**run_fields)
+    for field in dataclasses.fields(run):  # a config.json can be edited
+        (base, *none), value = typing.get_args(field.type) or (field.type,), getattr(run, field.name)
+        if not (none and value is None) and not isinstance(value, (base, int) if base is float else base):
+            raise ValueError(f"{field.name} must be of type {base.__name__}, got {value!r}")
     cfg = KimiConfig.preset(run.preset, **model_fields)
     defaults = {key: value for key, value in RUN_DEFAULTS[run.preset].items() if getattr(run, key) is None}
     run = dataclasses.replace(run, **defaults)
@@ -4772,35 +4776,30 @@ def final_answer(text):
     return text.rpartition("Answer: ")[2].strip() if "Answer: " in text else None
 
 
-SMALL_SUMS = (  # a problem of two numbers, and its answer
-    ("What is {a} + {b}?", lambda a, b: a + b), ("Take {a} from {b}.", lambda a, b: b - a),
-    ("Double {a}.", lambda a, b: 2 * a), ("Which is larger, {a} or {b}?", max),
-    ("Which is smaller, {a} or {b}?", min), ("How far is it from {a} to {b}?", lambda a, b: abs(a - b)))
+TWO_HAVE = (  # what is asked of two people who have a and b, and its answer
+    ("How many have they together?", lambda one, two, a, b: a + b),
+    ("How many lie between them?", lambda one, two, a, b: abs(a - b)),
+    ("Who has more?", lambda one, two, a, b: one if a > b else two),
+    ("Who has fewer?", lambda one, two, a, b: one if a < b else two))
 ORDERS = (("older", "oldest", "youngest"), ("taller", "tallest", "shortest"))
 
 
 def math_question(rng):
-    """A sum, the next number of a sequence, or logic: who of three is first or last, who has how many?"""
-    kind, people = rng.choice(("sum", "sequence", "order", "holdings")), rng.sample(PEOPLE, 3)
-    numbers = rng.sample(TENS, 3)
-    if kind == "sum":
-        text, solve = rng.choice(SMALL_SUMS)
-        a, b = rng.choice(TENS), rng.choice(TENS)
-        asked, right = text.format(a=a, b=b), solve(a, b)
+    """Two numbers in a story, the next number of a sequence, or logic: who of three is first or last? Numbers
+    are few, stories many: a toy learns sums by heart, and is asked them in stories that it has not seen."""
+    kind, (one, two, three) = rng.choice(("two", "two", "sequence", "order")), rng.sample(PEOPLE, 3)
+    if kind == "two":
+        ask, solve = rng.choice(TWO_HAVE)
+        a, b = rng.sample(TENS[:6], 2)
+        asked, right = f"{one} has {a}. {two} has {b}. {ask}", solve(one, two, a, b)
     elif kind == "sequence":
         a, d = rng.randrange(2, 20), rng.randrange(1, 6)
-        asked, right = f"Which number comes next: {a}, {a + d}, {a + 2 * d}?", a + 3 * d
-    elif kind == "order":
-        more, first, last = rng.choice(ORDERS)
-        told = [f"{one} is {more} than {two}." for one, two in zip(people, people[1:])]
-        most, right = rng.choice(((first, people[0]), (last, people[2])))
-        asked = " ".join([*rng.sample(told, 2), f"Who is the {most}?"])
+        asked, right = f"{one} counts {a}, {a + d}, {a + 2 * d}. Which number comes next?", a + 3 * d
     else:
-        held, one = dict(zip(people, numbers)), people[rng.randrange(3)]
-        ask, right = rng.choice(((f"How many has {one}?", held[one]), (f"Who has {held[one]}?", one),
-                                 ("Who has most?", max(held, key=held.get)),
-                                 ("Who has fewest?", min(held, key=held.get))))
-        asked = " ".join([*(f"{who} has {number}." for who, number in held.items()), ask])
+        more, first, last = rng.choice(ORDERS)
+        told = [f"{one} is {more} than {two}.", f"{two} is {more} than {three}."]
+        most, right = rng.choice(((first, one), (last, three)))
+        asked = " ".join([*rng.sample(told, 2), f"Who is the {most}?"])
     return Question(asked, f"Answer: {right}", lambda text: final_answer(text) == str(right))
 
 
@@ -5451,8 +5450,10 @@ class Controller:
                              recompute=run.rl_recompute)
         self.critic = Critic(model, job.tok)
         self.flight, self.started, self.asked = [], 0, 0  # groups under way; rollouts and prompts so far
-        self.attacks, self.passed = Attacks(), {}  # {name of a prompt: share of its answers that were right}
+        # {name of a prompt, or of a domain: share of its answers that were right}
+        self.attacks, self.passed = Attacks(), {}
         self.seen = collections.Counter()  # {name of a prompt: times asked}
+        self.pairs = []  # the last thousand with a known order, from which the critic learns
 
     def temperature(self, step):
         """R 3.2.3: explore first, exploit later. The shape is not published; ours is a straight line."""
@@ -5463,13 +5464,20 @@ class Controller:
         """Share of the answers to a prompt that were right so far, the last ones counting most."""
         return self.passed.get(name_of(prompt), prompt["passed"])
 
+    def passed_of_late(self, domain):
+        """The same of a domain: of its last ten groups or so."""
+        return self.passed.get(domain, mean(map(self.rate, self.pool[domain])))
+
     def choose(self, step, n):
-        """n prompts, from the domains in turn: those of the pool that were asked least, or the harder the
-        likelier (prioritized), or first the easy ones (curriculum)."""
+        """n prompts, from the domains in turn: those of the pool that were asked least, or (prioritized) the
+        harder the likelier, which a domain is by its answers of late, or (curriculum) first the easy ones."""
         rng, chosen = random.Random(f"prompts {self.run.seed} {self.run.rl_seed} {step}"), []
+        checked = [domain for domain in self.pool if domain != "subjective"]
         for _ in range(n):
             domain = list(self.pool)[self.asked % len(self.pool)]
             self.asked += 1
+            if self.run.rl_sampling == "prioritized" and domain in checked:
+                domain = rng.choices(checked, [1.05 - self.passed_of_late(other) for other in checked])[0]
             prompts = self.pool[domain]
             if self.run.rl_sampling == "prioritized":
                 prompt = rng.choices(prompts, [1.05 - self.rate(prompt) for prompt in prompts])[0]
@@ -5492,7 +5500,10 @@ class Controller:
         return self.engine.begin(prompt, environments, numbers, temperature)
 
     def iteration(self, step):
-        """(groups [[(rollout, advantage)]] that have ended, pairs for the critic, figures for the log)."""
+        """(groups [[(rollout, advantage)]] that have ended, pairs for the critic, figures for the log).
+
+        An iteration has some ten pairs of its own: from so few a critic learns nothing beside the policy.
+        """
         run, temperature = self.run, self.temperature(step)
         self.flight += [self.start(prompt, temperature, run.rl_samples)
                         for prompt in self.choose(step, run.rl_prompts - len(self.flight))]
@@ -5507,6 +5518,8 @@ class Controller:
                    "rollout_seconds": round(time.perf_counter() - began, 3),
                    "idle": 1 - sum(new) / max(1, len(new) * max(new, default=0))}
         groups, pairs, more = self.score(ended)
+        self.pairs = [*self.pairs, *pairs][-1000:]
+        pairs = random.Random(f"pairs {run.seed} {step}").sample(self.pairs, min(32, len(self.pairs)))
         return groups, pairs, {**figures, **more}
 
     def is_mine(self, rollout):
@@ -5537,6 +5550,7 @@ class Controller:
                 attacked.append(1 - right / len(group))
             elif domain != "subjective":
                 self.passed[name_of(prompt)] = (self.rate(prompt) + right / len(group)) / 2
+                self.passed[domain] = 0.9 * self.passed_of_late(domain) + 0.1 * right / len(group)
             by_domain[domain].append(mean(rewards))
             if pair := known_order(group):
                 pairs.append(pair)
@@ -5559,7 +5573,7 @@ class Controller:
         """{"facts": JSON, "tensors"}: rollouts under way with what was drawn and with which probability."""
         flight = [[rollout.facts() for rollout in group] for group in self.flight]
         facts = {"flight": flight, "started": self.started, "asked": self.asked, "passed": self.passed,
-                 "seen": self.seen,
+                 "seen": self.seen, "pairs": self.pairs,
                  "attacks": [[list(attack), score] for attack, score in self.attacks.tried.items()]}
         tensors = {f"latent.{rollout.number}": rollout.latent for rollout in itertools.chain(*self.flight)
                    if rollout.latent is not None}
@@ -5569,7 +5583,7 @@ class Controller:
         """Environments are replayed from what the assistant said in them."""
         facts = state["facts"]
         self.started, self.asked, self.passed = facts["started"], facts["asked"], facts["passed"]
-        self.seen = collections.Counter(facts["seen"])
+        self.seen, self.pairs = collections.Counter(facts["seen"]), list(map(tuple, facts["pairs"]))
         self.attacks.tried = {tuple(attack): score for attack, score in facts["attacks"]}
         self.flight = [[Rollout(**rollout) for rollout in group] for group in facts["flight"]]
         for rollout in itertools.chain(*self.flight):
@@ -6780,7 +6794,7 @@ def sft(job):
 
 def beside_rewards(job, step, dialogs, rows, known):
     """[(batch, weight)] of what an iteration learns beside the objective: the language-modelling loss on
-    dialogs and text (PTX), the critic's loss on fresh pairs of known order, both ways round."""
+    dialogs and text (PTX), the critic's loss on pairs of known order, both ways round."""
     run, ranks = job.run, job.ranks
     parts = [dialogs.batch(step, rows, job.device, ranks.rows(rows))]
     if job.data:
@@ -6788,7 +6802,7 @@ def beside_rewards(job, step, dialogs, rows, known):
         parts.append(job.data.batch(run.seed, step, n, run.seq_len, job.device, mine=ranks.rows(n)))
     found = [(part, run.ptx_weight / len(parts)) for part in parts]
     if known:
-        told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known[:16]
+        told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known
                 for order, best in (((better, worse), "A"), ((worse, better), "B"))]
         found.append((ranks.mine(padded(told, job.tok, job.device)), run.critic_weight))
     return [(batch, weight) for batch, weight in found if weight]

@@ -585,7 +585,12 @@ def test_which_prompts_are_chosen(model, tok, sampling):
             for domain in ("math", "code")}
     controller = train.Controller(model, job, pool, None)
     chosen = [controller.choose(step, 8) for step in range(10)]
-    assert all(sum(prompt["domain"] == "math" for prompt in prompts) == 4 for prompts in chosen)
+    if sampling == "prioritized":
+        controller.passed |= {"math": 0.2, "code": 0.9}  # math is harder now
+        prompts = [prompt for step in range(10, 60) for prompt in controller.choose(step, 8)]
+        assert sum(prompt["domain"] == "math" for prompt in prompts) == pytest.approx(340, abs=35)  # 0.85
+    else:
+        assert all(sum(prompt["domain"] == "math" for prompt in prompts) == 4 for prompts in chosen)
     rates = [[prompt["passed"] for prompt in prompts] for prompts in chosen]
     first, everywhere = sum(rates[0]) / 8, sum(map(sum, rates)) / 80
     asked = [prompt["seed"] for prompts in chosen for prompt in prompts if prompt["domain"] == "math"]
@@ -690,11 +695,12 @@ def test_a_segment_of_no_tokens_means_that_nothing_pauses(finished):
 def test_rollouts_under_way_survive_a_checkpoint(finished):
     """Every checkpoint's state, through the file and back into a new controller, is the same state."""
     model, job, pool, box = controller_parts(finished)
-    states = []
+    states, lessons = [], []
     for broken in (False, True):
         controller = train.Controller(model, job, pool, box)
+        controller.pairs = [("Which?", "", f"right {number}", "wrong") for number in range(50)]
         for step in range(3):
-            controller.iteration(step)
+            lessons.append(controller.iteration(step)[1])
             if broken:
                 state = controller.state_dict()
                 assert state["tensors"], "nothing under way"
@@ -702,7 +708,8 @@ def test_rollouts_under_way_survive_a_checkpoint(finished):
                 controller.load_state_dict({"facts": json.loads(json.dumps(state["facts"])),
                                             "tensors": state["tensors"]})
         states.append(controller.state_dict())
-    assert states[0]["facts"] == states[1]["facts"]
+    assert states[0]["facts"] == states[1]["facts"] and lessons[:3] == lessons[3:]
+    assert all(len(set(pairs)) == 32 for pairs in lessons)  # the critic reads those of earlier iterations
     assert all(torch.equal(states[0]["tensors"][k], states[1]["tensors"][k]) for k in states[0]["tensors"])
 
 

@@ -454,7 +454,9 @@ def test_other_settings_are_refused_and_foreign_folders_too(finished, tmp_path):
         train.main(["pretrain", "--resume", "--out", str(finished), "--seed", "5"])
     assert weights_of(finished) == before
     for saved, message in (([1], "no run's configuration"),
-                           ({"run": {"old_knob": 1}, "model": {}}, "other settings \\(old_knob\\)")):
+                           ({"run": {"old_knob": 1}, "model": {}}, "other settings \\(old_knob\\)"),
+                           ({"run": {"lr": "fast"}, "model": {}}, "lr must be of type float, got 'fast'"),
+                           ({"run": {"preset": 7}, "model": {}}, "preset must be of type str, got 7")):
         (tmp_path / "old").mkdir(exist_ok=True)
         (tmp_path / "old" / "config.json").write_text(json.dumps(saved))
         with pytest.raises(SystemExit, match=message):
