@@ -158,7 +158,7 @@ class RunConfig:
     rl_temperature: float = 1.0  # of sampling, in the first iteration
     rl_temperature_end: float = 0.7  # and in the last
     rl_seed: int = 0  # another one: other prompts and draws for the same model and tools
-    rl_sampling: str = "uniform"  # prompts: uniform, prioritized (by 1 - success) or curriculum (easy first)
+    rl_sampling: str = "uniform"  # prompts: uniform, prioritized (answers differ) or curriculum (easy first)
     rl_weights: dict | None = None  # weights of the domains' rewards, as math=2,safety=1; none: all 1
     rl_pool: int | None = None  # prompts of each domain that are tried for the pool
     rl_pass: int = 4  # the k of pass@k, by which prompts of moderate difficulty are chosen
@@ -5464,23 +5464,29 @@ class Controller:
         """Share of the answers to a prompt that were right so far, the last ones counting most."""
         return self.passed.get(name_of(prompt), prompt["passed"])
 
-    def passed_of_late(self, domain):
+    def rate_of(self, domain):
         """The same of a domain: of its last ten groups or so."""
         return self.passed.get(domain, mean(map(self.rate, self.pool[domain])))
 
     def choose(self, step, n):
-        """n prompts, from the domains in turn: those of the pool that were asked least, or (prioritized) the
-        harder the likelier, which a domain is by its answers of late, or (curriculum) first the easy ones."""
+        """n prompts, from the domains in turn: those of the pool that were asked least, or (curriculum) first
+        the easy ones, or (prioritized) domains and prompts the likelier the more their answers differ.
+
+        K1.5 prefers prompts by 1 - success. A toy cannot learn the hardest, and they would fill its batches.
+        """
+        def spread(rates):
+            return [0.02 + rate * (1 - rate) for rate in rates]
+
         rng, chosen = random.Random(f"prompts {self.run.seed} {self.run.rl_seed} {step}"), []
         checked = [domain for domain in self.pool if domain != "subjective"]
         for _ in range(n):
             domain = list(self.pool)[self.asked % len(self.pool)]
             self.asked += 1
             if self.run.rl_sampling == "prioritized" and domain in checked:
-                domain = rng.choices(checked, [1.05 - self.passed_of_late(other) for other in checked])[0]
+                domain = rng.choices(checked, spread(map(self.rate_of, checked)))[0]
             prompts = self.pool[domain]
             if self.run.rl_sampling == "prioritized":
-                prompt = rng.choices(prompts, [1.05 - self.rate(prompt) for prompt in prompts])[0]
+                prompt = rng.choices(prompts, spread(map(self.rate, prompts)))[0]
             elif self.run.rl_sampling == "curriculum":
                 easiest = sorted(prompts, key=self.rate, reverse=True)
                 reach = math.ceil(len(prompts) * (0.3 + 0.7 * step / max(1, self.run.rl_steps - 1)))
@@ -5550,7 +5556,7 @@ class Controller:
                 attacked.append(1 - right / len(group))
             elif domain != "subjective":
                 self.passed[name_of(prompt)] = (self.rate(prompt) + right / len(group)) / 2
-                self.passed[domain] = 0.9 * self.passed_of_late(domain) + 0.1 * right / len(group)
+                self.passed[domain] = 0.9 * self.rate_of(domain) + 0.1 * right / len(group)
             by_domain[domain].append(mean(rewards))
             if pair := known_order(group):
                 pairs.append(pair)

@@ -586,9 +586,9 @@ def test_which_prompts_are_chosen(model, tok, sampling):
     controller = train.Controller(model, job, pool, None)
     chosen = [controller.choose(step, 8) for step in range(10)]
     if sampling == "prioritized":
-        controller.passed |= {"math": 0.2, "code": 0.9}  # math is harder now
+        controller.passed |= {"math": 0.4, "code": 0.95}  # answers to code hardly differ any more
         prompts = [prompt for step in range(10, 60) for prompt in controller.choose(step, 8)]
-        assert sum(prompt["domain"] == "math" for prompt in prompts) == pytest.approx(340, abs=35)  # 0.85
+        assert sum(prompt["domain"] == "math" for prompt in prompts) == pytest.approx(316, abs=35)  # 0.79
     else:
         assert all(sum(prompt["domain"] == "math" for prompt in prompts) == 4 for prompts in chosen)
     rates = [[prompt["passed"] for prompt in prompts] for prompts in chosen]
@@ -597,7 +597,7 @@ def test_which_prompts_are_chosen(model, tok, sampling):
     if sampling == "uniform":
         assert len(set(asked)) == len(asked) == 40  # none twice before all were asked once
     if sampling == "prioritized":
-        assert everywhere < 0.45
+        assert sum((rate - 0.5) ** 2 for chosen in rates for rate in chosen) / 80 < 0.06  # evenly: 0.08
     if sampling == "curriculum":
         assert min(rates[0]) > 0.65 and first > everywhere + 0.1 and min(rates[-1]) < 0.5
 
