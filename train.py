@@ -218,7 +218,7 @@ RUN_DEFAULTS = {
                  bias_update_rate=1e-2, eval_every=30, eval_tokens=2048, save_every=20, trajectories=100,
                  sft_steps=20, sft_lr=3e-3, sft_len=1024,
                  rl_steps=4, rl_lr=1e-3, rl_prompts=14, rl_samples=4, rl_budget=24, rl_segment=12, rl_pool=6),
-    "tiny": dict(steps=1000, drill_steps=300, yarn_steps=60, batch_size=16, seq_len=128, lr=2e-2, warmup=20,
+    "tiny": dict(steps=1000, drill_steps=400, yarn_steps=60, batch_size=16, seq_len=128, lr=2e-2, warmup=20,
                  tau=12.0, bias_update_rate=1e-2, eval_every=200, eval_tokens=8192, save_every=200,
                  trajectories=8000, sft_steps=1000, sft_lr=3e-3, sft_len=512,
                  rl_steps=32, rl_lr=8e-4, rl_prompts=56, rl_samples=8, rl_budget=64, rl_segment=32,
