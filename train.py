@@ -5450,8 +5450,9 @@ class Controller:
                              recompute=run.rl_recompute)
         self.critic = Critic(model, job.tok)
         self.flight, self.started, self.asked = [], 0, 0  # groups under way; rollouts and prompts so far
-        # {name of a prompt, or of a domain: share of its answers that were right}
-        self.attacks, self.passed = Attacks(), {}
+        # share of answers that were right {name of a prompt: of its own, domain: of some ten groups}
+        self.attacks, self.passed = Attacks(), {
+            domain: mean(prompt["passed"] for prompt in prompts) for domain, prompts in pool.items()}
         self.seen = collections.Counter()  # {name of a prompt: times asked}
         self.pairs = []  # the last thousand with a known order, from which the critic learns
 
@@ -5463,10 +5464,6 @@ class Controller:
     def rate(self, prompt):
         """Share of the answers to a prompt that were right so far, the last ones counting most."""
         return self.passed.get(name_of(prompt), prompt["passed"])
-
-    def rate_of(self, domain):
-        """The same of a domain: of its last ten groups or so."""
-        return self.passed.get(domain, mean(map(self.rate, self.pool[domain])))
 
     def choose(self, step, n):
         """n prompts, from the domains in turn: those of the pool that were asked least, or (curriculum) first
@@ -5483,7 +5480,7 @@ class Controller:
             domain = list(self.pool)[self.asked % len(self.pool)]
             self.asked += 1
             if self.run.rl_sampling == "prioritized" and domain in checked:
-                domain = rng.choices(checked, spread(map(self.rate_of, checked)))[0]
+                domain = rng.choices(checked, spread(self.passed[other] for other in checked))[0]
             prompts = self.pool[domain]
             if self.run.rl_sampling == "prioritized":
                 prompt = rng.choices(prompts, spread(map(self.rate, prompts)))[0]
@@ -5508,7 +5505,7 @@ class Controller:
     def iteration(self, step):
         """(groups [[(rollout, advantage)]] that have ended, pairs for the critic, figures for the log).
 
-        An iteration has some ten pairs of its own: from so few a critic learns nothing beside the policy.
+        An iteration has some ten pairs of its own, so the critic reads those of earlier ones again.
         """
         run, temperature = self.run, self.temperature(step)
         self.flight += [self.start(prompt, temperature, run.rl_samples)
@@ -5556,7 +5553,7 @@ class Controller:
                 attacked.append(1 - right / len(group))
             elif domain != "subjective":
                 self.passed[name_of(prompt)] = (self.rate(prompt) + right / len(group)) / 2
-                self.passed[domain] = 0.9 * self.rate_of(domain) + 0.1 * right / len(group)
+                self.passed[domain] = 0.9 * self.passed[domain] + 0.1 * right / len(group)
             by_domain[domain].append(mean(rewards))
             if pair := known_order(group):
                 pairs.append(pair)
