@@ -5505,7 +5505,8 @@ class Controller:
     def iteration(self, step):
         """(groups [[(rollout, advantage)]] that have ended, pairs for the critic, figures for the log).
 
-        An iteration has some ten pairs of its own, so the critic reads those of earlier ones again.
+        An iteration has some ten pairs of its own, so the critic reads those of earlier ones again, and one
+        in four is of a task without a checker, lest it learn there to like flattery.
         """
         run, temperature = self.run, self.temperature(step)
         self.flight += [self.start(prompt, temperature, run.rl_samples)
@@ -5522,7 +5523,8 @@ class Controller:
                    "idle": 1 - sum(new) / max(1, len(new) * max(new, default=0))}
         groups, pairs, more = self.score(ended)
         self.pairs = [*self.pairs, *pairs][-1000:]
-        pairs = random.Random(f"pairs {run.seed} {step}").sample(self.pairs, min(32, len(self.pairs)))
+        rng = random.Random(f"pairs {run.seed} {step}")
+        pairs = [*rng.sample(self.pairs, min(24, len(self.pairs))), *critic_pairs(rng, 8)]
         return groups, pairs, {**figures, **more}
 
     def is_mine(self, rollout):
@@ -6805,7 +6807,7 @@ def beside_rewards(job, step, dialogs, rows, known):
         parts.append(job.data.batch(run.seed, step, n, run.seq_len, job.device, mine=ranks.rows(n)))
     found = [(part, run.ptx_weight / len(parts)) for part in parts]
     if known:
-        told = [exchange(rated(asked, *order), best) for asked, _, better, worse in known
+        told = [exchange(rated(asked, *order, rubric), best) for asked, rubric, better, worse in known
                 for order, best in (((better, worse), "A"), ((worse, better), "B"))]
         found.append((ranks.mine(padded(told, job.tok, job.device)), run.critic_weight))
     return [(batch, weight) for batch, weight in found if weight]

@@ -709,8 +709,24 @@ def test_rollouts_under_way_survive_a_checkpoint(finished):
                                             "tensors": state["tensors"]})
         states.append(controller.state_dict())
     assert states[0]["facts"] == states[1]["facts"] and lessons[:3] == lessons[3:]
-    assert all(len(set(pairs)) == 32 for pairs in lessons)  # the critic reads those of earlier iterations
+    for pairs in lessons:  # of the iterations before, and of tasks without a checker, which have a rubric
+        assert [len({pair for pair in pairs if bool(pair[1]) == rubric}) for rubric in (False, True)] == [24, 8]
     assert all(torch.equal(states[0]["tensors"][k], states[1]["tensors"][k]) for k in states[0]["tensors"])
+
+
+def test_the_critic_learns_pairs_as_it_is_asked_about_them(finished):
+    """In both orders and under the rubric, and the letter alone."""
+    _, job, _, _ = controller_parts(finished, ptx_weight=0.0, critic_weight=2.0)
+    dialogs = train.Dialogs({"chat": [*train.chat_dialogs(random.Random(0), 9)]}, job.tok, None, 0, 4, 256)
+    known = [("Which?", "Be short.", "right", "wrong"), ("What?", "", "good", "bad")]
+    [((tokens, targets, *_), weight)] = train.beside_rewards(job, 0, dialogs, 4, known)
+    learned = [[job.tok.decode([token]) for token in row if token >= 0][0] for row in targets.tolist()]
+    assert weight == 2.0 and learned == ["A", "B"] * 2
+    texts = [job.tok.decode(row) for row in tokens.tolist()]
+    for text, (asked, first, second) in zip(texts, [
+            ("Which?\nRubric: Be short.", "right", "wrong"), ("Which?\nRubric: Be short.", "wrong", "right"),
+            ("What?", "good", "bad"), ("What?", "bad", "good")]):
+        assert f"Question: {asked}\nA: {first}\nB: {second}\n" in text
 
 
 @pytest.mark.parametrize("flags, message", [
