@@ -780,7 +780,7 @@ class LatentCache:
     """What past tokens leave behind: c_kv and k_rope of each layer, and nothing else.
 
     c_kv[l] is (B, length, R), after its norm; k_rope[l] is (B, length, rope), after rotation. With
-    `max_length` the memory is taken at once and never exceeded, without it the cache grows.
+    `max_length` the memory is taken at once and never exceeded, without it the cache doubles when full.
     `padding` (B,) says how many places at the left of each row hold no token.
     """
 
@@ -788,7 +788,7 @@ class LatentCache:
         self.latent, self.width = cfg.kv_lora_rank, cfg.kv_lora_rank + cfg.qk_rope_head_dim
         self.max_length, self.length, self.padding = max_length, 0, None
         shape = (cfg.num_hidden_layers, batch_size, max_length or 0, self.width)
-        self.buffers = list(torch.empty(shape, device=device, dtype=dtype or torch.float32))
+        self.buffers = list(torch.zeros(shape, device=device, dtype=dtype or torch.float32))
 
     @property
     def c_kv(self):
@@ -805,15 +805,20 @@ class LatentCache:
 
         The model moves `length` on when the last layer has written.
         """
-        end, buffer = self.length + new.shape[1], self.buffers[layer]
-        if end > buffer.shape[1]:
-            if self.max_length is not None:
-                raise ValueError(f"the cache holds {self.max_length} tokens, {end} do not fit")
-            larger = buffer.new_empty(buffer.shape[0], max(64, 2 * end), self.width)
-            larger[:, : self.length] = buffer[:, : self.length]
-            self.buffers[layer] = buffer = larger
-        buffer[:, self.length : end] = new
-        return buffer[:, :end]
+        end = self.length + new.shape[1]
+        if end > self.buffers[layer].shape[1]:
+            self.reserve(end)
+        self.buffers[layer][:, self.length : end] = new
+        return self.buffers[layer][:, :end]
+
+    def reserve(self, length):
+        """Make room for `length` tokens, or the next power of two: then shapes seldom change. What is not
+        written yet is zero, for those who read whole buffers and weigh it with zero."""
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens, {length} do not fit")
+        room = max(64, 1 << (length - 1).bit_length()) - self.buffers[0].shape[1]
+        if room > 0 and self.max_length is None:
+            self.buffers = [F.pad(buffer, (0, 0, 0, room)) for buffer in self.buffers]
 
     def select(self, rows):
         """A new cache with these rows (a list or tensor of indices): several continuations of one
@@ -1125,6 +1130,10 @@ class Experts(nn.Module):
             return torch.bmm(h * weights_NE.T.unsqueeze(-1), self.down_proj.mT).sum(dim=0)
         if N > 4:
             return None
+        if torch.compiler.is_compiling():  # Python cannot see yet which experts they are
+            gate, up, down = (w[chosen_NK] for w in (self.gate_proj, self.up_proj, self.down_proj))
+            h = F.silu((gate * x_NC[:, None, None]).sum(dim=-1)) * (up * x_NC[:, None, None]).sum(dim=-1)
+            return ((down * h[:, :, None]).sum(dim=-1) * weights_NK[:, :, None]).sum(dim=1)
         out = torch.zeros_like(x_NC)
         for x, y, experts, weights in zip(x_NC, out, chosen_NK.tolist(), weights_NK.tolist()):
             for e, weight in zip(experts, weights):
@@ -1275,12 +1284,14 @@ class Decoder:
 
     Small models wait for Python and for kernel launches, not for arithmetic. So weights that read the
     same input are joined, dtypes are settled once (autocast would cast every weight again at every
-    token), and no modules are called. Build a new one when weights have changed.
+    token), and no modules are called. Build a new one when weights have changed. `static` is for
+    `model.compile_decode`, the rest runs as it stands.
     """
 
     @torch.no_grad()
     def __init__(self, model):
         cfg, weight = model.cfg, model.lm_head.weight
+        self.compiled = torch.compile(self.static, dynamic=False) if model.compile_decode else None
         self.dtype = autocast_dtype(weight) or weight.dtype
         self.embed, self.lm_head = model.model.embed_tokens.weight, self.cast(model.lm_head.weight)
         self.norm, self.rope = self.norm_of(model.model.norm, self.embed), (model.rope_w, model.rope_factor)
@@ -1335,23 +1346,41 @@ class Decoder:
     @torch.inference_mode()
     def step(self, token, cache):
         """Ids (B,) -> logits (B, V); the cache grows by one."""
-        n, seen = cache.length, None
-        if n >= len(self.cos):
-            self.cos, self.sin = rope_table(torch.arange(2 * n + 64, device=token.device), *self.rope)
-        cos, sin = self.cos[n], self.sin[n]  # (1, rope)
-        if cache.padding is not None:
-            cos, sin = self.cos[n - cache.padding], self.sin[n - cache.padding]  # (B, 1, rope)
-            seen = torch.arange(n + 1, device=token.device) >= cache.padding[:, None]  # (B, S)
+        n, padding, seen = cache.length, cache.padding, None
+        if self.compiled:
+            cache.reserve(n + 1)
+            padding = token.new_zeros(len(token)) + (0 if padding is None else padding)  # always alike
+            logits = self.compiled(token, torch.tensor([n], device=token.device), padding, cache.buffers)
+        else:
+            if n >= len(self.cos):
+                self.cos, self.sin = rope_table(torch.arange(2 * n + 64, device=token.device), *self.rope)
+            cos, sin = self.cos[n], self.sin[n]  # (1, rope)
+            if padding is not None:
+                cos, sin = self.cos[n - padding], self.sin[n - padding]  # (B, 1, rope)
+                seen = torch.arange(n + 1, device=token.device) >= padding[:, None]  # (B, S)
+            logits = self.logits(token, cos, sin, seen, cache.update)
+        cache.length += 1
+        return logits
+
+    def static(self, token, n, padding, buffers):
+        """A step for torch.compile, in shapes that stay as they are: n (1,) is a tensor, attention reads the
+        cache's whole buffers, and what is not written yet is masked."""
+        place = torch.arange(buffers[0].shape[1], device=n.device)
+        seen = (place <= n) & (place >= padding[:, None])  # (B, S)
+        rotary = rope_table(n - padding, *self.rope)  # (B, 1, rope)
+        return self.logits(token, *rotary, seen, lambda layer, new: buffers[layer].index_copy_(1, n, new))
+
+    def logits(self, token, cos, sin, seen, update):
+        """The model itself; update(layer, new (B, 1, R + rope)) gives all latents of a layer."""
         x = F.embedding(token, self.embed)  # (B, C)
         with torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) else nullcontext():
             for number, p in enumerate(self.layers):
                 h = p.input_norm(x).to(self.dtype)
-                x = x + self.attention(h, p, cos, sin, seen, cache, number)
+                x = x + self.attention(h, p, cos, sin, seen, update, number)
                 x = x + self.ffn(p.post_norm(x).to(self.dtype), p)
-            cache.length += 1
             return F.linear(self.norm(x).to(self.dtype), self.lm_head)
 
-    def attention(self, h, p, cos, sin, seen, cache, number):
+    def attention(self, h, p, cos, sin, seen, update, number):
         """MLA.forward for a single query, (B, C) -> (B, C)."""
         B, H = len(h), self.H
         q, c_kv, k_rope = F.linear(h, p.w_in).split(p.widths, dim=1)
@@ -1361,7 +1390,7 @@ class Decoder:
         rope = torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1)  # of all queries and the key
         rope = rotate(rope, cos, sin)  # (B, H + 1, rope)
         new = torch.cat((p.kv_norm(c_kv), rope[:, H]), dim=1)
-        latent = cache.update(number, new.unsqueeze(1)).to(h.dtype)  # (B, S, R + rope)
+        latent = update(number, new.unsqueeze(1)).to(h.dtype)  # (B, S, R + rope)
         return F.linear(attend_absorbed(q_nope, rope[:, :H], latent, p.w_uk, p.w_uv, self.scale, seen), p.o)
 
     def ffn(self, h, p):
@@ -1390,6 +1419,7 @@ class KimiK2(nn.Module):
         super().__init__()
         self.cfg, self.aux_loss = cfg, 0.0
         self.recompute = "off"  # "blocks": of each only its input is kept; "parts": see keep_products
+        self.compile_decode = False  # generate by compiled code: a wait at first, and for each new size
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.hidden_size),
             "layers": nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers)),
@@ -1532,7 +1562,9 @@ class KimiK2(nn.Module):
         (B, T), dtype = tokens.shape, autocast_dtype(self.lm_head.weight) or self.lm_head.weight.dtype
         if T == 0:
             raise ValueError("a prompt must hold at least one token; [BOS] starts a new text")
-        cache = LatentCache(self.cfg, B, T + max_new_tokens, device, dtype)
+        exact = None if self.compile_decode else T + max_new_tokens  # compiled code is for few sizes
+        cache = LatentCache(self.cfg, B, exact, device, dtype)
+        cache.reserve(T + max_new_tokens)
         cache.padding = padding if ragged and padding.any() else None
         stop = torch.tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.long, device=device)
         new = tokens.new_full((B, max_new_tokens), pad)
@@ -1544,7 +1576,8 @@ class KimiK2(nn.Module):
             going, used = None, used + 1
             if len(stop):
                 done = done | torch.isin(token, stop)
-                if done.sum() * 2 >= len(done):  # the half that goes on need not carry the other
+                if done.sum() >= len(done) / (1 if self.compile_decode else 2):
+                    # the half that goes on need not carry the other, unless compiled code wants its shape
                     going = (~done).nonzero()[:, 0]
                     row, done = row[going], done[going]
         out = torch.cat((tokens, new[:, :used]), dim=1)

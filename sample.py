@@ -37,6 +37,7 @@ from train import (
     State,
     UserError,
     evolved_tool,
+    first_line,
     goes_on,
     misfit,
     pick_device,
@@ -59,6 +60,16 @@ def open_model(folder, device):
     return model, tok
 
 
+def compile_decoding(model, n_tokens):
+    """From now on tokens are decoded by compiled code, if that works here."""
+    model.compile_decode = True
+    try:
+        model.generate([[0]], n_tokens)
+    except Exception as error:  # no compiler, an operator it does not know: many kinds
+        model.compile_decode = False
+        print(f"note: torch.compile failed ({first_line(error)}), going on without")
+
+
 def new_cache(model):
     """An empty cache for one dialog."""
     weight = model.lm_head.weight
@@ -77,6 +88,7 @@ def stream(model, ids, cache, choose, room):
     The cache may hold the beginning of ids already: only the rest is read.
     """
     device = model.lm_head.weight.device
+    cache.reserve(len(ids) + room)
     logits = model.lm_head(model.hidden(torch.tensor([ids[cache.length :]], device=device), cache)[:, -1])
     decoder = Decoder(model)
     for _ in range(room):
@@ -541,6 +553,7 @@ def build_parser():
     add("--temperature", type=float, default=0.6, help="0: always the likeliest (default 0.6)")
     add("--top_p", type=float, default=1.0, help="smallest set of tokens to draw from (default 1)")
     add("--seed", type=int, default=None, help="repeat a draw exactly")
+    add("--compile", action="store_true", help="faster tokens after a wait, at first and for each new size")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
     chat = parser.add_argument_group("chat")
     add = chat.add_argument
@@ -571,6 +584,8 @@ def main(argv=None):
         model, tok = open_model(args.folder, device)
         generator = torch.Generator(device)
         generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
+        if args.compile:
+            compile_decoding(model, args.max_new_tokens)
         task = bench if args.bench else chat if args.chat else complete
         task(model, tok, args, generator)
     except (UserError, ValueError, OSError) as error:

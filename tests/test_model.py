@@ -402,6 +402,36 @@ def test_the_decoder_of_generation_equals_the_full_forward(variant, latent, copi
         assert off(out[row], model(x[row : row + 1, start:])[0][0, -6:]) <= 1e-5
 
 
+@pytest.mark.parametrize("std", [0.1, pytest.param(0.3, marks=pytest.mark.slow)])  # slow: really compiled
+@torch.no_grad()
+def test_compiled_decoding_equals_the_full_forward(std, monkeypatch):
+    """Few tokens take another path than many; a text is a program's argument, its room a program's size."""
+    if std == 0.1:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model, frames = nano(std), torch._dynamo.utils.counters["frames"]
+    model.compile_decode = True
+    torch._dynamo.reset()
+    for copies in (1, 8):
+        x = ids(1, 16).repeat(copies, 1)
+        for padding in (None, torch.arange(copies) % 4):
+            cache = LatentCache(model.cfg, copies)
+            cache.padding = padding
+            model(x[:, :10], cache=cache)
+            for buffer in cache.buffers:
+                assert buffer.shape[1] == 64 and not buffer[:, 10:].any()
+            before, decoder = frames["total"], kimi_k2.Decoder(model)
+            out = torch.stack([decoder.step(x[:, t], cache) for t in range(10, 16)], dim=1)
+            assert frames["total"] - before == (padding is None)
+            for row in range(copies):
+                start = 0 if padding is None else padding[row]
+                assert off(out[row], model(x[row : row + 1, start:])[0][0, -6:]) <= 1e-5
+    prompts, stop = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], [*range(0, 512, 16)]
+    found = model.generate(prompts, 40, temperature=0, stop=stop)
+    model.compile_decode = False
+    expected = model.generate(prompts, 40, temperature=0, stop=stop)
+    assert all(map(torch.equal, found, expected)) and len({*map(len, found)}) > 1
+
+
 @torch.no_grad()
 def test_selected_rows_continue_independently():
     model, x, more = nano(), ids(2, 10), ids(3, 6, seed=2)

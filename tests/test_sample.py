@@ -500,6 +500,22 @@ def test_the_program(folder):
     assert out.count("kimi > ") >= 3 and "what the tools keep stays" in out
 
 
+def test_without_a_compiler_there_is_a_note(folder, tmp_path):
+    flags = ["Once", "--max_new_tokens", "20"]
+    plain = run(folder, *flags, said=b"")
+    done = run(folder, *flags, "--compile", said=b"", CXX="/no/such/compiler",
+               TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    note, _, text = done.stdout.partition(b"\n")
+    assert note.startswith(b"note: torch.compile failed") and text == plain.stdout and plain.returncode == 0
+
+
+@pytest.mark.slow
+def test_compiled_decoding_says_the_same(folder):
+    flags = ["Once", "--max_new_tokens", "20", "--temperature", "0"]
+    plain, done = run(folder, *flags, said=b""), run(folder, *flags, "--compile", said=b"")
+    assert plain.stdout == done.stdout and plain.returncode == 0 and not done.stderr, done.stderr
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_in_the_program(folder):
     command = [sys.executable, "-u", ROOT / "sample.py", folder, "--chat", "--max_new_tokens", "100000",
