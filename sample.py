@@ -88,7 +88,8 @@ def stream(model, ids, cache, choose, room):
     The cache may hold the beginning of ids already: only the rest is read.
     """
     device = model.lm_head.weight.device
-    cache.reserve(len(ids) + room)
+    if model.compile_decode:  # one size of cache, one compilation
+        cache.reserve(len(ids) + room)
     logits = model.lm_head(model.hidden(torch.tensor([ids[cache.length :]], device=device), cache)[:, -1])
     decoder = Decoder(model)
     for _ in range(room):
