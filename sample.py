@@ -554,7 +554,8 @@ def build_parser():
     add("--temperature", type=float, default=0.6, help="0: always the likeliest (default 0.6)")
     add("--top_p", type=float, default=1.0, help="smallest set of tokens to draw from (default 1)")
     add("--seed", type=int, default=None, help="repeat a draw exactly")
-    add("--compile", action="store_true", help="faster tokens after a wait, at first and for each new size")
+    add("--compile", default="off", choices=("on", "off"),
+        help="on: faster tokens, after a wait at first and for each new size (default off)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
     chat = parser.add_argument_group("chat")
     add = chat.add_argument
@@ -585,7 +586,7 @@ def main(argv=None):
         model, tok = open_model(args.folder, device)
         generator = torch.Generator(device)
         generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
-        if args.compile:
+        if args.compile == "on":
             compile_decoding(model, args.max_new_tokens)
         task = bench if args.bench else chat if args.chat else complete
         task(model, tok, args, generator)

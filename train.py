@@ -7200,7 +7200,7 @@ def plot_tuning(out, rows):
     def appearing(axes):
         for name in ("single", "new_tool", "new_domain"):
             curve(axes, rows, "success", name, marker="o", ms=3, lw=1.5)
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.02)
 
     def tasks(axes):
         whole = [row["success"] for row in rows if len(row.get("success", ())) == len(SUCCESS)]
@@ -7208,7 +7208,7 @@ def plot_tuning(out, rows):
             places = np.arange(len(success)) + 0.4 * i
             axes.bar(places, list(success.values()), 0.4, label=f"{label} fine-tuning")
             axes.set_xticks(places, list(success), rotation=30)
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.02)
 
     step = "optimizer step"
     figure(out, "tools", ("Fine-tuning, loss unsmoothed", step, "nats a token of the assistant",
@@ -7233,7 +7233,7 @@ def plot_rl(out, rows):
     def by_domain(axes, rows, key, **how):
         for domain, colour in colours.items():
             curve(axes, rows, key, domain, color=colour, **how)
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.02)
 
     def success(axes):
         by_domain(axes, rows, "gym", marker="o", ms=3)
@@ -7249,7 +7249,7 @@ def plot_rl(out, rows):
            ("Rewards of rollouts", "iteration", f"mean of {each} iterations" if each > 1 else "mean",
             functools.partial(by_domain, rows=[of_part(part) for part in parts], key="rewards")),
            ("Held-out requests, greedy", "iteration", "share right", success),
-           ("Budget", "iteration", "", length), width=13, below=False)
+           ("Budget", "iteration", "tokens, %", length), width=13, below=False)
 
 
 def plot_run(out, stage):

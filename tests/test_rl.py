@@ -710,7 +710,7 @@ def test_rollouts_under_way_survive_a_checkpoint(finished):
         states.append(controller.state_dict())
     assert states[0]["facts"] == states[1]["facts"] and lessons[:3] == lessons[3:]
     for pairs in lessons:  # of the iterations before, and of tasks without a checker, which have a rubric
-        assert [len({pair for pair in pairs if bool(pair[1]) == rubric}) for rubric in (False, True)] == [24, 8]
+        assert [len({pair for pair in pairs if bool(pair[1]) == ruled}) for ruled in (False, True)] == [24, 8]
     assert all(torch.equal(states[0]["tensors"][k], states[1]["tensors"][k]) for k in states[0]["tensors"])
 
 

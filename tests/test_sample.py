@@ -503,7 +503,7 @@ def test_the_program(folder):
 def test_without_a_compiler_there_is_a_note(folder, tmp_path):
     flags = ["Once", "--max_new_tokens", "20"]
     plain = run(folder, *flags, said=b"")
-    done = run(folder, *flags, "--compile", said=b"", CXX="/no/such/compiler",
+    done = run(folder, *flags, "--compile", "on", said=b"", CXX="/no/such/compiler",
                TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     note, _, text = done.stdout.partition(b"\n")
     assert note.startswith(b"note: torch.compile failed") and text == plain.stdout and plain.returncode == 0
@@ -512,7 +512,7 @@ def test_without_a_compiler_there_is_a_note(folder, tmp_path):
 @pytest.mark.slow
 def test_compiled_decoding_says_the_same(folder):
     flags = ["Once", "--max_new_tokens", "20", "--temperature", "0"]
-    plain, done = run(folder, *flags, said=b""), run(folder, *flags, "--compile", said=b"")
+    plain, done = run(folder, *flags, said=b""), run(folder, *flags, "--compile", "on", said=b"")
     assert plain.stdout == done.stdout and plain.returncode == 0 and not done.stderr, done.stderr
 
 
