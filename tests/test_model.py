@@ -414,7 +414,7 @@ def test_compiled_decoding_equals_the_full_forward(std, monkeypatch):
     for copies in (1, 8):
         x = ids(1, 16).repeat(copies, 1)
         for padding in (None, torch.arange(copies) % 4):
-            cache = LatentCache(model.cfg, copies)
+            cache = LatentCache(model.cfg, copies, None if padding is None else 64)
             cache.padding = padding
             model(x[:, :10], cache=cache)
             for buffer in cache.buffers:
@@ -426,7 +426,9 @@ def test_compiled_decoding_equals_the_full_forward(std, monkeypatch):
                 start = 0 if padding is None else padding[row]
                 assert off(out[row], model(x[row : row + 1, start:])[0][0, -6:]) <= 1e-5
     prompts, stop = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], [*range(0, 512, 16)]
+    before = frames["total"]
     found = model.generate(prompts, 40, temperature=0, stop=stop)
+    assert frames["total"] - before == 1  # rows that have ended stay
     model.compile_decode = False
     expected = model.generate(prompts, 40, temperature=0, stop=stop)
     assert all(map(torch.equal, found, expected)) and len({*map(len, found)}) > 1

@@ -506,7 +506,7 @@ def test_without_a_compiler_there_is_a_note(folder, tmp_path):
     done = run(folder, *flags, "--compile", "on", said=b"", CXX="/no/such/compiler",
                TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     note, _, text = done.stdout.partition(b"\n")
-    assert note.startswith(b"note: torch.compile failed") and text == plain.stdout and plain.returncode == 0
+    assert note.startswith(b"note: torch.compile failed") and text == plain.stdout and done.returncode == 0
 
 
 @pytest.mark.slow
