@@ -77,10 +77,10 @@ MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_l
 POSITIVE = ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor")
 
 
-def _nearest(name, known):
-    """', did you mean ...?' for a misspelt name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+def nearest(name, known):
+    """What a message about an unknown name ends with: the one that was probably meant, if any."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def _check_rope_scaling(raw):
@@ -172,12 +172,12 @@ class KimiConfig:
     def preset(cls, name, **overrides):
         """A named size (PRESETS, below) with any field overridden."""
         if name not in PRESETS:
-            guess = _nearest(name, PRESETS)
+            guess = nearest(name, PRESETS)
             raise ValueError(f"unknown preset {name!r}{guess}; there are: {', '.join(PRESETS)}")
         known = [f.name for f in dataclasses.fields(cls)]
         for field in overrides:
             if field not in known:
-                raise ValueError(f"KimiConfig has no field {field!r}{_nearest(field, known)}")
+                raise ValueError(f"KimiConfig has no field {field!r}{nearest(field, known)}")
         fields = {**PRESETS[name], **overrides}
         if overrides.keys() & {"n_routed_experts", "num_experts_per_tok"}:
             fields["routed_scaling_factor"] = overrides.get("routed_scaling_factor")  # computed anew

@@ -25,7 +25,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import difflib
 import functools
 import hashlib
 import http.client
@@ -91,6 +90,7 @@ from kimi_k2 import (
     count_parameters,
     left_pad,
     load_pretrained,
+    nearest,
     save_pretrained,
     whole_of,
 )
@@ -249,12 +249,6 @@ STAGES = ("rephrase", "pretrain", "tools", "sft", "rl")
 
 class UserError(Exception):
     """Something the user can mend; shown as one line, without a traceback."""
-
-
-def nearest(name, there):
-    """What a message about an unknown name ends with: the one that was probably meant."""
-    close = difflib.get_close_matches(name, there, n=1)
-    return f", did you mean {close[0]}?" if close else ""
 
 
 def refuse_unknown(field, names, there):
@@ -2500,9 +2494,7 @@ class Gate:
         if self.left <= 0:
             raise ToolError(f"refused: all {self.budget} calls of this turn are used up, answer now")
         if name not in self.tools:
-            close = difflib.get_close_matches(name, self.tools, n=1)
-            hint = f", did you mean {close[0]}?" if close else ""
-            raise ToolError(f"there is no tool {name[:64]!r}{hint}")
+            raise ToolError(f"there is no tool {name[:64]!r}{nearest(name, self.tools)}")
         tool = self.tools[name]
         try:
             arguments = json.loads(text)

@@ -368,7 +368,7 @@ def test_one_file_is_cut_into_train_and_validation(tmp_path):
     "flags, message",
     [
         (["--lrr", "3"], r"unknown flag --lrr, did you mean --lr\?"),
-        (["--preset", "tinny"], r"unknown preset 'tinny', did you mean 'tiny'\?"),
+        (["--preset", "tinny"], r"unknown preset 'tinny', did you mean tiny\?"),
         (["--steps", "many"], r"--steps: 'many' is no 64-bit int"),
         (["--steps", "0"], r"steps must be at least 1, got 0"),
         (["--steps", "1e400"], r"--steps: '1e400' is no 64-bit int"),
