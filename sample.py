@@ -62,6 +62,7 @@ def open_model(folder, device):
 
 def compile_decoding(model, n_tokens):
     """From now on tokens are decoded by compiled code, if that works here."""
+    print("note: compiling, which takes a minute or so", file=sys.stderr)
     model.compile_decode = True
     try:
         model.generate([[0]], n_tokens)

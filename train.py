@@ -4252,24 +4252,23 @@ def write_tool_card(folder, about, specifications, accepted, rejected):
         f"{about['specs']:,} evolved tools and {about['real']} written by hand. Of the evolved, "
         + ", ".join(f"{count:,} {split}" for split, count in about["splits"].items())
         + "; only the seen ones are in the dialogs below.", "",
-        "| filter | dialogs left | of all |", "|---|---|---|",
-        f"| made | {n:,} | 100 % |",
-        f"| rules | {about['passed_rules']:,} | {about['passed_rules'] / n:.1%} |",
-        f"| judge against the rubric | {about['accepted']:,} | {about['accepted'] / n:.1%} |",
-        f'| a person: write "keep" or "drop" into {REVIEW}; what is dropped does not train | | |', "",
+        *table(("filter", "dialogs left", "of all"), (
+            ("made", f"{n:,}", "100 %"),
+            ("rules", f"{about['passed_rules']:,}", f"{about['passed_rules'] / n:.1%}"),
+            ("judge against the rubric", f"{about['accepted']:,}", f"{about['accepted'] / n:.1%}"),
+            (f'a person: write "keep" or "drop" into {REVIEW}; what is dropped does not train', "", ""))),
         f"In {about['flawed']:,} the teacher made a mistake on purpose; kept all the same: "
         + (", ".join(f"{n} {flaw}" for flaw, n in about["flawed_accepted"].items()) or "none") + ".", "",
-        "| why they fell | dialogs |", "|---|---|",
-        *(f"| {why} | {count:,} |" for why, count in about["reasons"].items()),
-    ]
+        *table(("why they fell", "dialogs"),
+               ((why, f"{count:,}") for why, count in about["reasons"].items()))]
     for spec in specifications[:: max(1, len(specifications) // 5)][:5]:
-        lines += ["", f"## {spec['name']} ({spec['domain']}, {spec['split']})", "", "```json",
-                  json.dumps({key: spec[key] for key in ("description", "parameters", "example")}), "```"]
+        lines += [f"## {spec['name']} ({spec['domain']}, {spec['split']})", "", "```json",
+                  json.dumps({key: spec[key] for key in ("description", "parameters", "example")}), "```", ""]
     for title, records in (("Accepted", accepted[:3]), ("Rejected", rejected[:3])):
         for record in records:
-            lines += ["", f"## {title}: {record['id']}", "", *record["verdict"]["reasons"][:1], "",
-                      *(f"> {line}  " for line in readable(record["messages"]))]
-    write_lines(folder / "tools_card.md", lines)
+            lines += [f"## {title}: {record['id']}", "", *record["verdict"]["reasons"][:1], "",
+                      *(f"> {line}  " for line in readable(record["messages"])), ""]
+    write_lines(folder / "tools_card.md", lines[:-1])
 
 
 def make_trajectories(run, tok, out):
@@ -5471,17 +5470,16 @@ class Controller:
         for _ in range(n):
             domain = list(self.pool)[self.asked % len(self.pool)]
             self.asked += 1
-            if self.run.rl_sampling == "prioritized" and domain in checked:
-                domain = rng.choices(checked, spread(self.passed[other] for other in checked))[0]
-            prompts = self.pool[domain]
             if self.run.rl_sampling == "prioritized":
-                prompt = rng.choices(prompts, spread(map(self.rate, prompts)))[0]
+                if domain in checked:
+                    domain = rng.choices(checked, spread(self.passed[other] for other in checked))[0]
+                prompt = rng.choices(self.pool[domain], spread(map(self.rate, self.pool[domain])))[0]
             elif self.run.rl_sampling == "curriculum":
-                easiest = sorted(prompts, key=self.rate, reverse=True)
-                reach = math.ceil(len(prompts) * (0.3 + 0.7 * step / max(1, self.run.rl_steps - 1)))
+                easiest = sorted(self.pool[domain], key=self.rate, reverse=True)
+                reach = math.ceil(len(easiest) * (0.3 + 0.7 * step / max(1, self.run.rl_steps - 1)))
                 prompt = rng.choice(easiest[:reach])
             else:
-                prompt = min(prompts, key=lambda prompt: (self.seen[name_of(prompt)], rng.random()))
+                prompt = min(self.pool[domain], key=lambda one: (self.seen[name_of(one)], rng.random()))
             self.seen[name_of(prompt)] += 1
             if domain == "safety" and rng.random() < 0.5:  # the pool has the harmless twins
                 prompt = {**prompt, "attack": self.attacks.draw(rng)}
@@ -6798,7 +6796,7 @@ def beside_rewards(job, step, dialogs, rows, known):
         n = max(1, 2048 // run.seq_len)
         parts.append(job.data.batch(run.seed, step, n, run.seq_len, job.device, mine=ranks.rows(n)))
     found = [(part, run.ptx_weight / len(parts)) for part in parts]
-    if known:
+    if known and run.critic_weight:
         told = [exchange(rated(asked, *order, rubric), best) for asked, rubric, better, worse in known
                 for order, best in (((better, worse), "A"), ((worse, better), "B"))]
         found.append((ranks.mine(padded(told, job.tok, job.device)), run.critic_weight))
