@@ -1241,7 +1241,7 @@ class HeadLoss(torch.autograd.Function):
             p.scatter_add_(1, target, -torch.ones_like(right))
             p = p.to(h.dtype)
             torch.mm(p, w_VC, out=dh_part)
-            dw += p.T @ h
+            dw = dw.addmm_(p.T, h) if p.dtype == dw.dtype else dw.add_(p.T @ h)
         ctx.save_for_backward(dh, dw.to(w_VC.dtype))
         return total
 

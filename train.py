@@ -6882,6 +6882,15 @@ def held_out(job):
     return {domain: job.data.ids[domain, split] for domain, split in sorted(job.data.ids) if split == "val"}
 
 
+def nats_of(model, job, tokens, targets, rows=512):
+    """-log p of each target (B, T), 0 where it is -100; of no more than `rows` of them logits are held."""
+    with job.autocast():
+        hidden = model.hidden(tokens).flatten(0, 1)
+        parts = [F.cross_entropy(model.lm_head(h).float(), y, reduction="none")
+                 for h, y in zip(hidden.split(rows), targets.flatten().split(rows))]
+    return torch.cat(parts).view(targets.shape)
+
+
 @torch.no_grad()
 def bits_per_byte(model, job, n_tokens):
     """{domain: bits per byte of its validation text}: what a compressor built on the model would need.
@@ -6894,11 +6903,8 @@ def bits_per_byte(model, job, n_tokens):
         nats, size = 0.0, 0
         parts = (part.to(job.device) for part in job.data.validation(domain, n_tokens, run.seq_len))
         for tokens, targets in zip(*(part.split(run.micro_batch) for part in parts)):
-            with job.autocast():
-                loss = model(tokens, targets)[1]
-            asked = targets[targets != -100]
-            nats += loss.item() * len(asked)
-            size += n_bytes[asked].sum().item()
+            nats += nats_of(model, job, tokens, targets).sum().item()
+            size += n_bytes[targets[targets != -100]].sum().item()
         result[domain] = nats / math.log(2) / max(size, 1)
     return result
 
@@ -6930,9 +6936,9 @@ def candidate_scores(model, prompt, candidates):
     block = pad_sequence([torch.tensor(ids) for ids in candidates], True).to(device)  # (n, width)
     said = torch.arange(block.shape[1]) < torch.tensor([[len(ids)] for ids in candidates])
     cache = LatentCache(model.cfg, 1, device=device, dtype=autocast_dtype(model.lm_head.weight))
-    first, _ = model(torch.tensor([prompt], device=device), cache=cache)
-    rest, _ = model(block, cache=cache.select([0] * n))
-    logits = torch.cat((first[:, -1:].expand(n, -1, -1), rest[:, :-1]), dim=1).float()  # (n, width, V)
+    first = model.hidden(torch.tensor([prompt], device=device), cache)[:, -1:]
+    rest = model.hidden(block, cache.select([0] * n))[:, :-1]
+    logits = model.lm_head(torch.cat((first.expand(n, -1, -1), rest), dim=1)).float()  # (n, width, V)
     scores = -F.cross_entropy(logits.transpose(1, 2), block, reduction="none")
     return (scores * said.to(device)).sum(1)
 
@@ -6986,11 +6992,8 @@ def long_context(model, job, most=4):
         for row in rows:
             windows = row.to(job.device).unfold(0, length + 1, length)  # (windows, length + 1)
             for window in windows.split(max(1, 4096 // length)):
-                with job.autocast():
-                    logits, _ = model(window[:, :-1])
-                targets = window[:, 1:]
-                nats += F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none").sum(0)
-                size += n_bytes[targets].sum(0)
+                nats += nats_of(model, job, window[:, :-1], window[:, 1:]).sum(0)
+                size += n_bytes[window[:, 1:]].sum(0)
         late, bits = slice(length * 3 // 4, None), nats / math.log(2)
         result["bpb"].append((bits[late].sum() / size[late].sum()).item())
     if rows:
