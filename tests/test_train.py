@@ -1,5 +1,6 @@
 """The training loop: exact resume, data, schedule, logs, and what bad input gets."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -179,6 +180,20 @@ def test_logged_bits_per_byte_against_a_naive_sum(finished):
             nats -= log_p[torch.arange(len(tokens)), targets].sum().item()
             n_bytes += sum(len(tok.decode_bytes([i])) for i in targets.tolist() if i < len(tok.ranks))
     assert nats / math.log(2) / n_bytes == pytest.approx(logged["math"], rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 512])
+def test_nats_of_targets_with_few_logits_at_a_time(rows):
+    model = KimiK2(KimiConfig.preset("nano")).eval()
+    tokens, targets = torch.randint(0, 512, (2, 3, 7))
+    targets[0, 2] = targets[2, 6] = -100
+    job = train.Job(*[None] * 6)
+    job.autocast = contextlib.nullcontext
+    with torch.no_grad():
+        found = train.nats_of(model, job, tokens, targets, rows)
+        log_p = model(tokens)[0].double().log_softmax(dim=-1)
+    naive = -log_p.gather(2, targets.clamp(min=0)[..., None])[..., 0] * (targets != -100)
+    torch.testing.assert_close(found.double(), naive, rtol=1e-5, atol=1e-6)
 
 
 def test_schedule_is_the_reports():
