@@ -5767,8 +5767,9 @@ class Ranks:
 
         self.flat = init_device_mesh(device.type, (self.size,))
         self.mesh = init_device_mesh(device.type, (self.size // ep, ep), mesh_dim_names=("dp", "ep"))
-        # the same, as the experts of a layer lie on it one after another
-        self.of_experts = DeviceMesh(device.type, self.mesh.mesh.T, mesh_dim_names=("ep", "dp"))
+        # (ep, dp), as the experts of a layer lie on it one after another; if its dimensions had names,
+        # torch 2.11 would look for a group of both and fail
+        self.of_experts = DeviceMesh(device.type, self.mesh.mesh.T)
         # it advises to gather both dimensions at once, but a group of ranks cannot have another order
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
