@@ -13,7 +13,6 @@ permitted (each tool says allow, ask or deny; flags go before that) and within t
 
 import argparse
 import codecs
-import difflib
 import functools
 import json
 import math
@@ -29,7 +28,15 @@ from pathlib import Path
 
 import torch
 
-from kimi_k2 import SPECIAL_NAMES, Decoder, LatentCache, count_parameters, load_pretrained, sample_token
+from kimi_k2 import (
+    SPECIAL_NAMES,
+    Decoder,
+    LatentCache,
+    count_parameters,
+    load_pretrained,
+    nearest,
+    sample_token,
+)
 from train import (
     REAL_TOOLS,
     Gate,
@@ -515,8 +522,8 @@ def settle_tools(args):
             if word not in groups and evolved_tool(word):
                 groups[word] = [word]
             if word not in groups:
-                nearest = difflib.get_close_matches(word, groups, n=1, cutoff=0)[0]
-                raise UserError(f"--{flag}: there is no tool or domain {word!r}, did you mean {nearest!r}?")
+                raise UserError(f"--{flag}: there is no tool or domain {word!r}{nearest(word, groups)}; "
+                                "a chat with --tools all lists them by /tools")
             yield word
 
     args.tools = list(dict.fromkeys(name for word in words("tools") for name in groups[word]))

@@ -3079,7 +3079,8 @@ except Exception as error:  # told without the frames of this script and of the 
             places.append(f'  File "snippet", line {step.tb_lineno}, in {step.tb_frame.f_code.co_name}')
         step = step.tb_next
     print("Traceback (most recent call last):", *places[-5:], sep="\\n")  # endless recursion has a thousand
-    print(f"{type(error).__name__}: {error}")
+    alone = isinstance(error, OSError) and len(error.args) == 1  # shutil adds a path, which str() tells alone
+    print(f"{type(error).__name__}: {error.args[0] if alone else error}")
     sys.exit(1)
 """
 
@@ -5768,7 +5769,7 @@ class Ranks:
         self.flat = init_device_mesh(device.type, (self.size,))
         self.mesh = init_device_mesh(device.type, (self.size // ep, ep), mesh_dim_names=("dp", "ep"))
         # (ep, dp), as the experts of a layer lie on it one after another; if its dimensions had names,
-        # torch 2.11 would look for a group of both and fail
+        # torch 2.11 and 2.12 would look for a group of both and fail
         self.of_experts = DeviceMesh(device.type, self.mesh.mesh.T)
         # it advises to gather both dimensions at once, but a group of ranks cannot have another order
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -6797,7 +6798,7 @@ def beside_rewards(job, step, dialogs, rows, known):
         n = max(1, 2048 // run.seq_len)
         parts.append(job.data.batch(run.seed, step, n, run.seq_len, job.device, mine=ranks.rows(n)))
     found = [(part, run.ptx_weight / len(parts)) for part in parts]
-    if known and run.critic_weight:
+    if known:
         told = [exchange(rated(asked, *order, rubric), best) for asked, rubric, better, worse in known
                 for order, best in (((better, worse), "A"), ((worse, better), "B"))]
         found.append((ranks.mine(padded(told, job.tok, job.device)), run.critic_weight))

@@ -474,9 +474,7 @@ def test_the_sandbox_refuses(tmp_path, what):
     if POSIX:
         (folder / "link").symlink_to(tmp_path / "secret")
     output, code, stopped = sandboxed(REFUSED[what], folder)
-    # shutil.rmtree of Python 3.13 puts the path in the place of the hook's words
-    refusal = "PermissionError: " if what == "rmtree" else "PermissionError: not allowed here"
-    assert refusal in output and (code, stopped) == (1, "")
+    assert "PermissionError: not allowed here" in output and (code, stopped) == (1, "")
     assert sorted(os.listdir(tmp_path)) == ["scratch", "secret"]
     assert (tmp_path / "secret").read_text() == "secret"
     assert len(os.listdir(folder)) <= 101

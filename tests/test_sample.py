@@ -427,7 +427,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--chat", "--tools", "calculater"], "did you mean 'calculator'"),
+    (["--chat", "--tools", "calculater"], "'calculater', did you mean calculator?; a chat"),
     (["--chat", "--deny", "everything,all"], "--deny: there is no tool or domain 'everything'"),
     (["--chat", "--max_calls", "0"], "max_calls must be at least 1"),
     (["--constrained"], "needs --chat"),
