@@ -30,7 +30,7 @@ import os
 import re
 import shutil
 from base64 import b64decode, b64encode
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -761,6 +761,71 @@ def softmax_scale(cfg):
     return scale * yarn_mscale(cfg.rope_scaling["factor"], cfg.rope_scaling["mscale_all_dim"]) ** 2
 
 
+# Most of the time goes into products of matrices. On a CPU PyTorch leaves those in fp32 to MKL, which on
+# AMD's processors reaches half of what oneDNN does. PyTorch's one switch to oneDNN is called "bf16", but
+# only a CPU with AMX multiplies in bf16 then; any other with AVX-512 goes on in fp32. oneDNN spends a
+# millisecond on making code for each new shape: it pays for shapes that come back.
+
+
+def autocast_dtype(x):
+    """What autocast would compute in where x lives, or None when it is off."""
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+ABLE = torch.cpu.get_capabilities()
+EXACT_ONEDNN = ABLE.get("avx512_f", False) and not ABLE.get("amx_tile", True)
+
+
+@contextmanager
+def onednn():
+    """Products of fp32 matrices on a CPU go to oneDNN here, if that changes nothing but their time."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if EXACT_ONEDNN:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+class OneDNNProduct(torch.autograd.Function):
+    """a @ b and its gradients; a, b (..., n, k), (..., k, m) with the same dimensions in front."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        with onednn():
+            return a @ b
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        with onednn():
+            return g @ b.mT, a.mT @ g
+
+
+def product(a, b):
+    """a @ b, in oneDNN if it is large and has a number of rows that batches have, not any number."""
+    large = a.shape[-2] % 64 == 0 and a.numel() * b.shape[-1] >= 2**22
+    if large and a.device.type == "cpu" and a.dtype == torch.float32 and not autocast_dtype(a):
+        if not torch.compiler.is_compiling():
+            return OneDNNProduct.apply(a, b)
+    return a @ b
+
+
+class Linear(nn.Linear):
+    """W x, without a bias."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return product(x.flatten(0, -2), self.weight.T).view(*x.shape[:-1], -1)
+
+
 # ==================================================================================================
 # 4  Multi-head latent attention and its cache (R 2.3; V3 2.1.1)
 # ==================================================================================================
@@ -859,8 +924,8 @@ def attend(q, k, v, scale, mask=None, record=False):
         T, S = q.shape[2], k.shape[2]
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
-    s = ((scale * q) @ k.mT).add_(bias)  # (B, H, T, S)
-    return s.softmax(dim=-1) @ v, s.detach().amax(dim=(0, 2, 3)) if record else None
+    s = product(scale * q, k.mT).add_(bias)  # (B, H, T, S)
+    return product(s.softmax(dim=-1), v), s.detach().amax(dim=(0, 2, 3)) if record else None
 
 
 @torch.no_grad()
@@ -932,13 +997,6 @@ def attend_absorbed(q_nope, q_rope, latent, w_uk, w_uv, scale, mask=None):
     return context.flatten(1)
 
 
-def autocast_dtype(x):
-    """What autocast would compute in where x lives, or None when it is off."""
-    kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
-
-
 class MLA(nn.Module):
     """Multi-head latent attention; parameter names are the published checkpoint's."""
 
@@ -949,15 +1007,15 @@ class MLA(nn.Module):
         self.nope, self.v = cfg.qk_nope_head_dim, cfg.v_head_dim
         D = self.nope + self.rope
         if cfg.q_lora_rank is None:
-            self.q_proj = nn.Linear(C, H * D, bias=False)
+            self.q_proj = Linear(C, H * D)
         else:
-            self.q_a_proj = nn.Linear(C, cfg.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(C, cfg.q_lora_rank)
             self.q_a_layernorm = RMSNorm(cfg.q_lora_rank, 1e-6)
-            self.q_b_proj = nn.Linear(cfg.q_lora_rank, H * D, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(C, R + self.rope, bias=False)
+            self.q_b_proj = Linear(cfg.q_lora_rank, H * D)
+        self.kv_a_proj_with_mqa = Linear(C, R + self.rope)
         self.kv_a_layernorm = RMSNorm(R, 1e-6)
-        self.kv_b_proj = nn.Linear(R, H * (self.nope + self.v), bias=False)
-        self.o_proj = nn.Linear(H * self.v, C, bias=False)
+        self.kv_b_proj = Linear(R, H * (self.nope + self.v))
+        self.o_proj = Linear(H * self.v, C)
         self.scale = softmax_scale(cfg)
 
     def forward(self, x, rotary, mask=None, cache=None, layer=0, absorb=None, record=False):
@@ -1031,9 +1089,9 @@ class DenseFFN(nn.Module):
 
     def __init__(self, C, width):
         super().__init__()
-        self.gate_proj = nn.Linear(C, width, bias=False)
-        self.up_proj = nn.Linear(C, width, bias=False)
-        self.down_proj = nn.Linear(width, C, bias=False)
+        self.gate_proj = Linear(C, width)
+        self.up_proj = Linear(C, width)
+        self.down_proj = Linear(width, C)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -1225,6 +1283,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
+    @onednn()
     def forward(ctx, h_NC, w_VC, targets_N):
         rows = max(64, (2**21 if h_NC.device.type == "cpu" else 2**26) // len(w_VC))
         total = torch.zeros((), device=h_NC.device)
@@ -1425,7 +1484,7 @@ class KimiK2(nn.Module):
             "layers": nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers)),
             "norm": RMSNorm(cfg.hidden_size, cfg.rms_norm_eps),
         })
-        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
         L, n_moe = cfg.num_hidden_layers, cfg.num_hidden_layers - cfg.first_k_dense_replace
         self.register_buffer("max_logits", torch.empty(L, cfg.num_attention_heads), persistent=False)
         self.register_buffer("expert_load", torch.empty(n_moe, cfg.n_routed_experts), persistent=False)
@@ -1603,6 +1662,7 @@ class KimiK2(nn.Module):
 # partner k_rope is shared by all heads and must not move.
 
 
+@onednn()
 def newton_schulz(G, steps=5, dtype=None):
     """Nearest (semi-)orthogonal matrices of G (..., n, m), all singular values near 1 (0.7 to 1.2).
 
