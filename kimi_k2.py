@@ -807,13 +807,16 @@ class OneDNNProduct(torch.autograd.Function):
             return g @ b.mT, a.mT @ g
 
 
+def plain_fp32(x):
+    """Is x computed with in fp32 on a CPU, operation by operation?"""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return on_cpu and not autocast_dtype(x) and not torch.compiler.is_compiling()
+
+
 def product(a, b):
     """a @ b, in oneDNN if it is large and has a number of rows that batches have, not any number."""
     large = a.shape[-2] % 64 == 0 and a.numel() * b.shape[-1] >= 2**22
-    if large and a.device.type == "cpu" and a.dtype == torch.float32 and not autocast_dtype(a):
-        if not torch.compiler.is_compiling():
-            return OneDNNProduct.apply(a, b)
-    return a @ b
+    return OneDNNProduct.apply(a, b) if large and plain_fp32(a) else a @ b
 
 
 class Linear(nn.Linear):
@@ -1146,6 +1149,50 @@ def grouped_linear(x, weight, ends):
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0))])
 
 
+class EachExpert(torch.autograd.Function):
+    """One expert after another, so that what it makes stays in a CPU's caches, and their gradients.
+
+    x (N, C), gate_up (E, 2F, C), down (E, C, F), weights (N, K); of M visits, sorted by expert, number m is
+    from token[m], expert e has sizes[e], and those of token n are numbers place[n] (K). Visits that are in no
+    place fill an expert's number up: they count nothing.
+    """
+
+    @staticmethod
+    @onednn()
+    def forward(ctx, x, gate_up, down, weights, token, place, sizes):
+        hidden, y = x.new_empty(len(token), gate_up.shape[1]), x.new_empty(len(token), x.shape[1])
+        parts = (v.split(sizes) for v in (token, hidden, y))
+        for t, hidden_e, y_e, w_gate_up, w_down in zip(*parts, gate_up.unbind(0), down.unbind(0)):
+            gate, up = torch.mm(x.index_select(0, t), w_gate_up.T, out=hidden_e).chunk(2, dim=1)
+            torch.mm(F.silu(gate) * up, w_down.T, out=y_e)
+        ctx.save_for_backward(x, gate_up, down, weights, token, place, hidden)
+        ctx.sizes = sizes
+        return F.embedding_bag(place, y, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    @onednn()
+    def backward(ctx, g):
+        x, gate_up, down, weights, token, place, hidden = ctx.saved_tensors
+        weight = weights.new_zeros(len(token)).scatter_(0, place.flatten(), weights.flatten())
+        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
+        d_weight, dx = torch.empty_like(weight), x.new_empty(len(token), x.shape[1])
+        parts = (v.split(ctx.sizes) for v in (token, hidden, weight, d_weight, dx))
+        experts = (v.unbind(0) for v in (gate_up, down, d_gate_up, d_down))
+        for t, gate, w, d_w, dx_e, w_gate_up, w_down, d_w_gate_up, d_w_down in zip(*parts, *experts):
+            (gate, up), w, g_e = gate.chunk(2, dim=1), w.unsqueeze(1), g.index_select(0, t)
+            silu = F.silu(gate)
+            h, dh = silu * up, g_e @ w_down
+            torch.linalg.vecdot(dh, h, out=d_w)
+            torch.mm(g_e.T, h.mul_(w), out=d_w_down)
+            dh *= w
+            d_gate = torch.ops.aten.silu_backward(dh * up, gate)
+            d_hidden = torch.cat((d_gate, silu.mul_(dh)), dim=1)
+            torch.mm(d_hidden.T, x.index_select(0, t), out=d_w_gate_up)
+            torch.mm(d_hidden, w_gate_up, out=dx_e)
+        dx = F.embedding_bag(place, dx, mode="sum")
+        return dx, d_gate_up, d_down, d_weight[place], None, None, None
+
+
 class Experts(nn.Module):
     """E SwiGLU experts as three stacked tensors: gate_proj, up_proj (E, F, C), down_proj (E, C, F)."""
 
@@ -1165,8 +1212,15 @@ class Experts(nn.Module):
         (N, C), K, E = x_NC.shape, chosen_NK.shape[1], len(self.gate_proj)
         expert, visit = chosen_NK.flatten().sort(stable=True)
         ends = torch.searchsorted(expert, torch.arange(E, device=expert.device), right=True)  # (E,)
-        token = visit // K
+        load, token = ends.diff(prepend=ends.new_zeros(1)), visit // K
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if N * K >= 256 * E and plain_fp32(x_NC) and torch.is_grad_enabled():
+            room = (load + 63) // 64 * 64  # sizes that come back
+            place = torch.arange(N * K) + (room.cumsum(0) - room - ends + load)[expert]
+            token = token.new_zeros(room.sum()).scatter_(0, place, token)
+            place = torch.empty_like(visit).scatter_(0, visit, place).view(N, K)
+            gate_up = torch.cat((gate, up), dim=1)
+            return EachExpert.apply(x_NC, gate_up, down, weights_NK, token, place, room.tolist()), load
         if dtype := autocast_dtype(x_NC):  # grouped_mm does not know autocast
             x_NC, gate, up, down = x_NC.to(dtype), gate.to(dtype), up.to(dtype), down.to(dtype)
         rows = x_NC.index_select(0, token)  # (N * K, C)
@@ -1177,7 +1231,7 @@ class Experts(nn.Module):
         h = F.silu(gate) * up
         h = grouped_linear(h * weights_NK.flatten()[visit].unsqueeze(1).to(h.dtype), down, ends)
         out = torch.zeros(N, C, dtype=h.dtype, device=h.device).index_add(0, token, h)
-        return out, ends.diff(prepend=ends.new_zeros(1))
+        return out, load
 
     def few(self, x_NC, chosen_NK, weights_NK):
         """The same where calls cost more than arithmetic; None if there are too many tokens for that."""
@@ -1266,7 +1320,7 @@ def keep_products(cfg):
     products = {"aten::mm", "aten::_grouped_mm"}
 
     def policy(context, op, *args, **kwargs):
-        name = op.name().partition(".")[0]
+        name = op.name()
         product = name in products and tuple(args[1].shape[-2:]) not in again
         keep = product or name.startswith("aten::_scaled_dot_product")
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
