@@ -3,6 +3,7 @@
 Floats are compared by `off`: max difference over max magnitude, per tensor; in fp32 unless said.
 """
 
+import copy
 import math
 from functools import cache as once
 from functools import partial
@@ -126,7 +127,7 @@ def their_gradient(name, theirs):
     return gate if leaf == "gate_proj" else up
 
 
-@pytest.mark.parametrize("routing, T", [("own", 64), ("pinned", 64), ("own", LONG)])
+@pytest.mark.parametrize("routing, T", [("own", 64), ("pinned", 64), ("own", LONG), ("own", 512)])
 def test_logits_loss_and_every_gradient_equal_transformers(pair, routing, T):
     ours, theirs = pair
     x = ids(2, T).clamp(max=510)  # transformers gives the embedding of [PAD], 511, no gradient
@@ -202,6 +203,30 @@ def test_rms_norm_and_its_gradient_equal_the_formula(dtype, tolerance):
     y.backward(upstream), reference.backward(upstream.double())
     assert y.dtype == dtype and off(y, reference) <= tolerance
     assert off(x.grad, x64.grad) <= tolerance and off(norm.weight.grad, w64.grad) <= tolerance
+
+
+@pytest.mark.parametrize("shape", [(128, 256, 256), (3, 2, 64, 128, 128), (4096, 64, 16)], ids=str)
+def test_products_of_any_library_are_fp32s(shape):
+    """1 + 2^-12 needs more digits than bf16 has, and their products more than tf32 has."""
+    *batch, n, k, m = shape
+    a = (torch.randint(1, 9, (*batch, n, k)) + 2.0**-12).requires_grad_()
+    b = (torch.randint(1, 9, (*batch, k, m)) + 2.0**-12).requires_grad_()
+    assert kimi_k2.product(a, b).grad_fn.name() == "OneDNNProductBackward"
+    a64, b64 = (t.detach().double().requires_grad_() for t in (a, b))
+    for x, y in ((a, b), (a64, b64)):
+        out = kimi_k2.product(x, y)
+        out.backward(torch.ones_like(out))
+        assert off(out, a64 @ b64) <= 1e-5
+    assert off(a.grad, a64.grad) <= 1e-5 and off(b.grad, b64.grad) <= 1e-5
+
+
+def test_the_switch_to_onednn_is_put_back():
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    with pytest.raises(KeyError), kimi_k2.onednn():
+        assert (matmul.fp32_precision == "bf16") == kimi_k2.EXACT_ONEDNN
+        raise KeyError
+    assert matmul.fp32_precision == before != "bf16"
 
 
 # -- 2  rotary position and YaRN -------------------------------------------------------------------
@@ -649,6 +674,28 @@ def test_the_ways_for_few_tokens_equal_the_grouped_path(T, width):
     assert off(few, grouped) <= 1e-6
 
 
+def test_experts_one_after_another_equal_the_formula_and_its_gradients():
+    """Many rows an expert, on a CPU: other code than for few, and than for the float64 that it is held to."""
+    cfg, g, N = KimiConfig.preset("nano"), torch.Generator().manual_seed(0), 1100
+    experts = kimi_k2.Experts(cfg)
+    for p in experts.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.1, generator=g)
+    scores = torch.rand(N, 8, generator=g) + torch.tensor([0, 0, -2, 0.5, 0, 0, 0.2, 0])  # nobody wants 2
+    chosen, weights = scores.topk(2).indices, torch.rand(N, 2, generator=g)
+    x, upstream = torch.randn(N, 64, generator=g), torch.randn(N, 64, generator=g)
+    results = []
+    for module in (experts, copy.deepcopy(experts).double()):
+        like = next(module.parameters()).dtype
+        inputs = [t.to(like, copy=True).requires_grad_() for t in (x, weights)]
+        y, load = module(inputs[0], chosen, inputs[1])
+        y.backward(upstream.to(like))
+        results.append((y, *(t.grad for t in (*inputs, *module.parameters()))))
+        assert load.tolist() == [(chosen == e).sum() for e in range(8)] and load[2] == 0
+    assert [type(y.grad_fn).__name__ for y, *_ in results] == ["EachExpertBackward", "IndexAddBackward0"]
+    assert all(off(a, b) <= 1e-6 for a, b in zip(*results))
+    assert not any(p.grad[2].any() for p in experts.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernel knows no float64
 @pytest.mark.parametrize("C, width", [(8, 12), (7, 5)])  # and no rows of 7 * 4 bytes
 def test_grouped_linear_equals_a_loop_with_and_without_the_kernel(C, width, dtype):
@@ -759,25 +806,26 @@ def test_records_are_made_only_while_training(training, gradients):
         assert (model.max_logits == -math.inf).all() and not model.expert_load.any()
 
 
-def trained(wrap=None, recompute="off"):
+def trained(T, wrap=None, recompute="off"):
     """A model after two micro-batches, forward and backward."""
     model = nano()
     model.recompute = recompute
     for seed in (1, 3):
-        x, y = ids(2, 20, seed), ids(2, 20, seed + 1)
+        x, y = ids(2, T, seed), ids(2, T, seed + 1)
         loss = wrap(model, x, y)[1] if wrap else model(x, y)[1]
         loss.backward()
     return model
 
 
+@pytest.mark.parametrize("T", [20, 512])  # many tokens take other paths than few
 @pytest.mark.parametrize("how", ["parts", "blocks", "external"])
-def test_recomputation_changes_neither_gradients_nor_records(how):
-    plain = trained()
-    assert (plain.expert_load.sum(1) == 2 * (2 * 20) * 2).all()  # micro-batches * tokens * K
+def test_recomputation_changes_neither_gradients_nor_records(how, T):
+    plain = trained(T)
+    assert (plain.expert_load.sum(1) == 2 * (2 * T) * 2).all()  # micro-batches * tokens * K
     if how == "external":
-        other = trained(wrap=partial(checkpoint, use_reentrant=False))
+        other = trained(T, wrap=partial(checkpoint, use_reentrant=False))
     else:
-        other = trained(recompute=how)
+        other = trained(T, recompute=how)
     assert torch.equal(plain.expert_load, other.expert_load)
     assert torch.equal(plain.max_logits, other.max_logits)
     for (name, p), q in zip(plain.named_parameters(), other.parameters()):
