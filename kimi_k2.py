@@ -1491,7 +1491,7 @@ class Decoder:
                 h = p.input_norm(x).to(self.dtype)
                 x = x + self.attention(h, p, cos, sin, seen, update, number)
                 x = x + self.ffn(p.post_norm(x).to(self.dtype), p)
-            return F.linear(self.norm(x).to(self.dtype), self.lm_head)
+            return product(self.norm(x).to(self.dtype), self.lm_head.T)
 
     def attention(self, h, p, cos, sin, seen, update, number):
         """MLA.forward for a single query, (B, C) -> (B, C)."""
