@@ -7028,8 +7028,8 @@ def taught(scene, tok):
 
 def tool_success(model, job, n, classes=tuple(SUCCESS)):
     """({class: share of n held-out tasks done}, a transcript): one task a dialog, greedy, the built-in judge.
-    At most half as many tokens again are said as the teacher needs in the class. A class is a name in SUCCESS,
-    or a pair (kind of task, split of its tools).
+    At most half as many tokens again are said as the teacher needs in the class. A class is a name in
+    SUCCESS, or a pair (kind of task, split of its tools).
 
     Done means: the calls that are needed ran, the state is as it should be, the answer says what it must and
     not what it must not. Tasks and values are new; of the tools, what the class says.
