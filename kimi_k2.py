@@ -1150,47 +1150,48 @@ def grouped_linear(x, weight, ends):
 
 
 class EachExpert(torch.autograd.Function):
-    """One expert after another, so that what it makes stays in a CPU's caches, and their gradients.
+    """One expert after another, so that what it makes stays in a CPU's caches, and their gradients by hand.
 
-    x (N, C), gate_up (E, 2F, C), down (E, C, F), weights (N, K); of M visits, sorted by expert, number m is
-    from token[m], expert e has sizes[e], and those of token n are numbers place[n] (K). Visits that are in no
-    place fill an expert's number up: they count nothing.
+    x (N, C), gate_up (E, 2F, C), down (E, C, F), weights (N, K). M visits lie sorted by expert: number m is
+    token[m]'s, expert e has sizes[e] of them, those of token n are numbers place[n] (K). A visit that is in
+    nobody's place only fills up an expert's number.
     """
 
     @staticmethod
     @onednn()
     def forward(ctx, x, gate_up, down, weights, token, place, sizes):
-        hidden, y = x.new_empty(len(token), gate_up.shape[1]), x.new_empty(len(token), x.shape[1])
-        parts = (v.split(sizes) for v in (token, hidden, y))
-        for t, hidden_e, y_e, w_gate_up, w_down in zip(*parts, gate_up.unbind(0), down.unbind(0)):
-            gate, up = torch.mm(x.index_select(0, t), w_gate_up.T, out=hidden_e).chunk(2, dim=1)
-            torch.mm(F.silu(gate) * up, w_down.T, out=y_e)
-        ctx.save_for_backward(x, gate_up, down, weights, token, place, hidden)
+        M, C = len(token), x.shape[1]
+        hidden, y = x.new_empty(M, gate_up.shape[1]), x.new_empty(M, C)
+        visits = zip(token.split(sizes), hidden.split(sizes), y.split(sizes))
+        for e, (token_e, hidden_e, y_e) in enumerate(visits):
+            gate, up = torch.mm(x[token_e], gate_up[e].T, out=hidden_e).chunk(2, dim=1)
+            torch.mm(F.silu(gate) * up, down[e].T, out=y_e)
         ctx.sizes = sizes
-        return F.embedding_bag(place, y, per_sample_weights=weights, mode="sum")
+        ctx.save_for_backward(x, gate_up, down, weights, token, place, hidden)
+        return F.embedding_bag(place, y, per_sample_weights=weights, mode="sum")  # sum_k w_k y[place_k]
 
     @staticmethod
     @onednn()
     def backward(ctx, g):
         x, gate_up, down, weights, token, place, hidden = ctx.saved_tensors
-        weight = weights.new_zeros(len(token)).scatter_(0, place.flatten(), weights.flatten())
-        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
-        d_weight, dx = torch.empty_like(weight), x.new_empty(len(token), x.shape[1])
-        parts = (v.split(ctx.sizes) for v in (token, hidden, weight, d_weight, dx))
-        experts = (v.unbind(0) for v in (gate_up, down, d_gate_up, d_down))
-        for t, gate, w, d_w, dx_e, w_gate_up, w_down, d_w_gate_up, d_w_down in zip(*parts, *experts):
-            (gate, up), w, g_e = gate.chunk(2, dim=1), w.unsqueeze(1), g.index_select(0, t)
+        M, C = len(token), x.shape[1]
+        dx, d_gate_up, d_down = x.new_empty(M, C), torch.empty_like(gate_up), torch.empty_like(down)
+        weight = weights.new_zeros(M, 1).scatter_(0, place.view(-1, 1), weights.view(-1, 1))
+        d_weight = torch.empty_like(weight)
+        visits = zip(*(v.split(ctx.sizes) for v in (token, hidden, weight, d_weight, dx)))
+        for e, (token_e, hidden_e, w, d_w, dx_e) in enumerate(visits):
+            (gate, up), x_e, g_e = hidden_e.chunk(2, dim=1), x[token_e], g[token_e]
             silu = F.silu(gate)
-            h, dh = silu * up, g_e @ w_down
-            torch.linalg.vecdot(dh, h, out=d_w)
-            torch.mm(g_e.T, h.mul_(w), out=d_w_down)
+            h, dh = silu * up, g_e @ down[e]  # y = w down h
+            torch.sum(dh * h, dim=1, keepdim=True, out=d_w)
+            torch.mm(g_e.T, h.mul_(w), out=d_down[e])
             dh *= w
             d_gate = torch.ops.aten.silu_backward(dh * up, gate)
-            d_hidden = torch.cat((d_gate, silu.mul_(dh)), dim=1)
-            torch.mm(d_hidden.T, x.index_select(0, t), out=d_w_gate_up)
-            torch.mm(d_hidden, w_gate_up, out=dx_e)
+            d_hidden = torch.cat((d_gate, dh.mul_(silu)), dim=1)
+            torch.mm(d_hidden.T, x_e, out=d_gate_up[e])
+            torch.mm(d_hidden, gate_up[e], out=dx_e)
         dx = F.embedding_bag(place, dx, mode="sum")
-        return dx, d_gate_up, d_down, d_weight[place], None, None, None
+        return dx, d_gate_up, d_down, d_weight[place].squeeze(2), None, None, None
 
 
 class Experts(nn.Module):
