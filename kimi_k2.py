@@ -1164,7 +1164,7 @@ class EachExpert(torch.autograd.Function):
         hidden, y = x.new_empty(M, gate_up.shape[1]), x.new_empty(M, C)
         visits = zip(token.split(sizes), hidden.split(sizes), y.split(sizes))
         for e, (token_e, hidden_e, y_e) in enumerate(visits):
-            gate, up = torch.mm(x[token_e], gate_up[e].T, out=hidden_e).chunk(2, dim=1)
+            gate, up = torch.mm(x.index_select(0, token_e), gate_up[e].T, out=hidden_e).chunk(2, dim=1)
             torch.mm(F.silu(gate) * up, down[e].T, out=y_e)
         ctx.sizes = sizes
         ctx.save_for_backward(x, gate_up, down, weights, token, place, hidden)
@@ -1176,14 +1176,15 @@ class EachExpert(torch.autograd.Function):
         x, gate_up, down, weights, token, place, hidden = ctx.saved_tensors
         M, C = len(token), x.shape[1]
         dx, d_gate_up, d_down = x.new_empty(M, C), torch.empty_like(gate_up), torch.empty_like(down)
-        weight = weights.new_zeros(M, 1).scatter_(0, place.view(-1, 1), weights.view(-1, 1))
+        weight = weights.new_zeros(M).scatter_(0, place.flatten(), weights.flatten())
         d_weight = torch.empty_like(weight)
         visits = zip(*(v.split(ctx.sizes) for v in (token, hidden, weight, d_weight, dx)))
         for e, (token_e, hidden_e, w, d_w, dx_e) in enumerate(visits):
-            (gate, up), x_e, g_e = hidden_e.chunk(2, dim=1), x[token_e], g[token_e]
+            (gate, up), w = hidden_e.chunk(2, dim=1), w.unsqueeze(1)
+            x_e, g_e = x.index_select(0, token_e), g.index_select(0, token_e)
             silu = F.silu(gate)
             h, dh = silu * up, g_e @ down[e]  # y = w down h
-            torch.sum(dh * h, dim=1, keepdim=True, out=d_w)
+            torch.linalg.vecdot(dh, h, out=d_w)
             torch.mm(g_e.T, h.mul_(w), out=d_down[e])
             dh *= w
             d_gate = torch.ops.aten.silu_backward(dh * up, gate)
@@ -1191,7 +1192,7 @@ class EachExpert(torch.autograd.Function):
             torch.mm(d_hidden.T, x_e, out=d_gate_up[e])
             torch.mm(d_hidden, gate_up[e], out=dx_e)
         dx = F.embedding_bag(place, dx, mode="sum")
-        return dx, d_gate_up, d_down, d_weight[place].squeeze(2), None, None, None
+        return dx, d_gate_up, d_down, d_weight[place], None, None, None
 
 
 class Experts(nn.Module):
