@@ -7116,7 +7116,6 @@ def figure(out, name, *panels, heights=(1,), width=6.4, below=True):
     """figures/NAME.png of panels (title, xlabel, ylabel, draw(axes)): below one another with one x axis, or
     side by side."""
     picture = Figure(figsize=(width, 4), layout="constrained")
-    beneath = dict(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=3)  # hides no curve
     rows, columns = (len(panels), 1) if below else (1, len(panels))
     grid = picture.subplots(rows, columns, squeeze=False, sharex=below, height_ratios=heights)
     for axes, (title, xlabel, ylabel, draw) in zip(grid.flat, panels):
@@ -7124,8 +7123,11 @@ def figure(out, name, *panels, heights=(1,), width=6.4, below=True):
         axes.grid(alpha=0.3)
         axes.locator_params(axis="x", integer=True)
         draw(axes)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8, **({} if below else beneath))
+        told = axes.get_legend_handles_labels()
+        if told[1] and below:  # no legend hides a curve
+            picture.legend(*told, loc="outside lower center", ncols=3, fontsize=8)
+        elif told[1]:
+            axes.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.24))
     with atomic(out / "figures" / f"{name}.png") as temporary:
         picture.savefig(temporary, format="png", dpi=110)
 
@@ -7155,7 +7157,7 @@ def plot_pretraining(out, rows):
             if before["phase"] != row["phase"]:
                 axes.axvline(row["step"], color="grey", lw=0.7, ls=":")
                 axes.annotate(row["phase"], (row["step"], axes.get_ylim()[1]), rotation=90, va="top",
-                              fontsize=7)
+                              ha="right", fontsize=7)
 
     def max_logit(axes):
         curve(axes, rows, "s_max", label="largest S_max, before the clip")
