@@ -1,6 +1,6 @@
 """How fast is it? Every answer is a ratio of two things measured in turn, in one run.
 
-    python tests/bench.py                                   the table, about 3 minutes on 2 cores
+    python tests/bench.py                                   the table, about a minute on 2 cores
     python tests/bench.py --rows train,decode --repeats 3 --json bench.json
     python tests/bench.py --rows "" --profile               where our time goes
     python tests/bench.py --rows experts --figure assets/experts.png

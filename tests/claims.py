@@ -3,7 +3,8 @@
     python tests/claims.py runs/toy                              all claims, three seeds
     python tests/claims.py runs/toy --claims muon --steps 400    one of them, longer runs
 
-The text is that of a run of train.py. Results are kept in --out; what is there is not measured again.
+Text and vocabulary are those of a run of train.py. Results are kept in --out; what is there is not measured
+again.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import train  # noqa: E402
 from kimi_k2 import KimiConfig, Tokenizer, count_parameters  # noqa: E402
 
 TEXT = {"web": 0.4, "code": 0.3, "math": 0.15, "knowledge": 0.15}
-ADAMW = [(lr, decay) for decay in (0.1, 0.01) for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)]
+ADAMW = [(lr, decay) for decay in (0.1, 0.01) for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)]
 MUONCLIP = (3e-3, 6e-3, 1e-2, 2e-2)
 EXPERTS = (2, 4, 8, 16, 48, 96)  # of which two are active: sparsity 1 to 48
 
@@ -46,9 +47,10 @@ class Lab:
         path = self.out / f"{name}.json"
         if not path.exists():
             shutil.rmtree(folder, ignore_errors=True)
-            run, cfg = train.open_run({**given, "out": str(folder)}, {"n_routed_experts": experts}, False)
-            torch.set_num_threads(1)
             tok, data = Tokenizer.load(self.run / "tiktoken.model"), train.TokenFiles(self.run / "data", TEXT)
+            model = {"n_routed_experts": experts, "vocab_size": tok.n_vocab}
+            run, cfg = train.open_run({**given, "out": str(folder)}, model, False)
+            torch.set_num_threads(1)
             began = time.perf_counter()
             with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
                 _, facts = train.pretrain(train.Job(run, cfg, folder, torch.device("cpu"), tok, data))
