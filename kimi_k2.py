@@ -761,10 +761,10 @@ def softmax_scale(cfg):
     return scale * yarn_mscale(cfg.rope_scaling["factor"], cfg.rope_scaling["mscale_all_dim"]) ** 2
 
 
-# Most of the time goes into products of matrices. On a CPU PyTorch leaves those in fp32 to MKL, which on
-# AMD's processors reaches half of what oneDNN does. PyTorch's one switch to oneDNN is called "bf16", but
-# only a CPU with AMX multiplies in bf16 then; any other with AVX-512 goes on in fp32. oneDNN spends a
-# millisecond on making code for each new shape: it pays for shapes that come back.
+# Most of the time goes into products of matrices. On a CPU PyTorch leaves those in fp32 to MKL, which on an
+# AMD EPYC reached half of what oneDNN did. PyTorch's one switch to oneDNN is called "bf16", but without AMX
+# oneDNN goes on in fp32 (seen on that EPYC; a test asks each machine). It spends a millisecond on making
+# code for each new shape: it pays for shapes that come back.
 
 
 def autocast_dtype(x):
@@ -807,16 +807,16 @@ class OneDNNProduct(torch.autograd.Function):
             return g @ b.mT, a.mT @ g
 
 
-def plain_fp32(x):
-    """Is x computed with in fp32 on a CPU, operation by operation?"""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+def may_use_onednn(x):
+    """Is x computed with in fp32 on such a CPU, operation by operation?"""
+    on_cpu = EXACT_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
     return on_cpu and not autocast_dtype(x) and not torch.compiler.is_compiling()
 
 
 def product(a, b):
     """a @ b, in oneDNN if it is large and has a number of rows that batches have, not any number."""
     large = a.shape[-2] % 64 == 0 and a.numel() * b.shape[-1] >= 2**22
-    return OneDNNProduct.apply(a, b) if large and plain_fp32(a) else a @ b
+    return OneDNNProduct.apply(a, b) if large and may_use_onednn(a) else a @ b
 
 
 class Linear(nn.Linear):
@@ -1216,11 +1216,11 @@ class Experts(nn.Module):
         ends = torch.searchsorted(expert, torch.arange(E, device=expert.device), right=True)  # (E,)
         load, token = ends.diff(prepend=ends.new_zeros(1)), visit // K
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if N * K >= 256 * E and plain_fp32(x_NC) and torch.is_grad_enabled():
+        if N * K >= 256 * E and may_use_onednn(x_NC) and torch.is_grad_enabled():
             room = (load + 63) // 64 * 64  # sizes that come back
-            place = torch.arange(N * K) + (room.cumsum(0) - room - ends + load)[expert]
-            token = token.new_zeros(room.sum()).scatter_(0, place, token)
-            place = torch.empty_like(visit).scatter_(0, visit, place).view(N, K)
+            number = torch.arange(N * K) + (room.cumsum(0) - room - ends + load)[expert]
+            token = token.new_zeros(room.sum()).scatter_(0, number, token)
+            place = torch.empty_like(visit).scatter_(0, visit, number).view(N, K)
             gate_up = torch.cat((gate, up), dim=1)
             return EachExpert.apply(x_NC, gate_up, down, weights_NK, token, place, room.tolist()), load
         if dtype := autocast_dtype(x_NC):  # grouped_mm does not know autocast
@@ -1322,9 +1322,9 @@ def keep_products(cfg):
     products = {"aten::mm", "aten::_grouped_mm"}
 
     def policy(context, op, *args, **kwargs):
-        name = op.name()
-        product = name in products and tuple(args[1].shape[-2:]) not in again
-        keep = product or name.startswith("aten::_scaled_dot_product")
+        name = op.name()  # not mm.out, which EachExpert has: it fills a buffer, what is kept would not
+        kept = name in products and tuple(args[1].shape[-2:]) not in again
+        keep = kept or name.startswith("aten::_scaled_dot_product")
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return functools.partial(create_selective_checkpoint_contexts, policy)
